@@ -20,13 +20,13 @@ enum { STATUS_DONE = 0, STATUS_USAGE = 2, STATUS_NONFINITE = 3, STATUS_SAVE_FAIL
 typedef struct { char text[1024]; } Error;
 
 #if defined(__GNUC__)
-#define PRINTF_LIKE(format, first) __attribute__((format(printf, format, first)))
+#define PRINTF_LIKE(text, first) __attribute__((format(printf, text, first)))
 #else
-#define PRINTF_LIKE(format, first)
+#define PRINTF_LIKE(text, first)
 #endif
 
-// Writes the line into e and returns false, so that a caller can `return error(e, ...)`.
-PRINTF_LIKE(2, 3) static inline bool error(Error* e, const char* format, ...) {
+// Writes the line into e and returns false, so that a caller can `return fail(e, ...)`.
+PRINTF_LIKE(2, 3) static inline bool fail(Error* e, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(e->text, sizeof e->text, format, arguments);
