@@ -78,9 +78,7 @@ def with_buffers(w, prefix, mask_kind):
     return out
 
 
-def main():
-    folder = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
-    os.makedirs(folder, exist_ok=True)
+def make(folder):
     random = np.random.default_rng(2)
     w = weights(random)
     tokens = random.integers(0, V, (2, T))
@@ -90,6 +88,12 @@ def main():
     safetensors_io.write(path + "_prefix.safetensors", with_buffers(w, "transformer.", bool), {"format": "pt"})
     safetensors_io.write(path + "_logits.safetensors", {"tokens": tokens, "logits": logits},
                          {"layers": L, "width": C, "heads": HEADS, "seq": T, "vocab": V})
+
+
+def main():
+    folder = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
+    os.makedirs(folder, exist_ok=True)
+    make(folder)
 
 
 if __name__ == "__main__":
