@@ -193,7 +193,8 @@ static void test_unknown(void) {
     refuse("--learning-rat\n|5", "found the unknown option \"learning-rat?\", expected one of --help,"
            " the nearest is --generate");
     check(option_distance("", "abc") == 3 && option_distance("abc", "") == 3
-          && option_distance("flaw", "lawn") == 2 && option_distance("kitten", "sitting") == 3 && option_distance("steps", "steps") == 0,
+          && option_distance("flaw", "lawn") == 2 && option_distance("kitten", "sitting") == 3
+          && option_distance("steps", "steps") == 0,
           "edit distance");
     for (int row = 0; row < options_count(); row++) {       // one letter lost: the nearest is still this one
         char words[64], expected[64];
