@@ -4,9 +4,11 @@
     train_gpt_mhc --data TEXT.txt ... --dump DUMP.safetensors      # same options: the initial weights
     python3 check_training.py DUMP.safetensors DIR/run.jsonl TEXT.txt
 
-The model comes from the dump (its first micro-batch must be the run's first), the optimiser from the run's first line, each step's
-data from the text by the run's own rule. loss, grad_norm and lr of every step, at most 20, must agree to 1e-5.
+The model comes from the dump (its first micro-batch must be the run's first), the optimiser from the run's first
+line, each step's data from the text by the trainer's rule. loss, grad_norm and lr of every step, at most 20, must
+agree to 1e-5. One replica, a token a byte.
 """
+
 import json
 import math
 import sys
@@ -18,14 +20,14 @@ import safetensors_io
 from gpt_mhc import AdamW, GPT, learning_rate
 
 TOLERANCE, STEPS = 1e-5, 20
-MASK = 2 ** 64 - 1
+MASK = 2**64 - 1
 
 
 def mix64(z):
     """splitmix64's finaliser, as in host/common.h."""
-    z = (z + 0x9e3779b97f4a7c15) & MASK
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9 & MASK
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb & MASK
+    z = (z + 0x9E3779B97F4A7C15) & MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
     return z ^ (z >> 31)
 
 
@@ -34,10 +36,10 @@ def hash64(seed, index):
 
 
 def batch(text, seed, first, B, T):
-    """tokens, targets (B, T) of the sequences first, first + 1, ..: windows of the text's first 90 %, a token a byte."""
-    train = text[:len(text) * 9 // 10]
+    """tokens, targets (B, T) of the sequences first, first + 1, ..: windows of the text's first 90 %."""
+    train = text[: len(text) * 9 // 10]
     starts = [hash64(seed, first + row) % (len(train) - T) for row in range(B)]
-    windows = torch.tensor([list(train[start:start + T + 1]) for start in starts])
+    windows = torch.tensor([list(train[start : start + T + 1]) for start in starts])
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -58,15 +60,19 @@ def train(model, run, text, steps):
     """Yields (loss, gradient norm, lr) of updates 0, 1, .. as the contract defines them."""
     number = lambda name: float(run[name])
     B, M, T, seed = int(run["batch"]), int(run["micro_batches"]), model.config.seq, int(run["seed"])
-    optimiser = AdamW(model, *(number(name) for name in ("beta1", "beta2", "eps", "weight_decay", "grad_clip")))
+    optimiser = AdamW(
+        model, *(number(name) for name in ("beta1", "beta2", "eps", "weight_decay", "grad_clip"))
+    )
     for s in range(steps):
         total = 0.0
-        for micro_batch in range(M):                    # one replica: D = 1
+        for micro_batch in range(M):  # one replica: D = 1
             tokens, targets = batch(text, seed, (s * M + micro_batch) * B, B, T)
             loss = model.losses(tokens, targets)[1].mean() / M
             loss.backward()
             total += loss.item()
-        lr = learning_rate(s, int(run["steps"]), number("lr"), int(run["warmup"]), run["schedule"], number("min_lr_frac"))
+        lr = learning_rate(
+            s, int(run["steps"]), number("lr"), int(run["warmup"]), run["schedule"], number("min_lr_frac")
+        )
         yield total, optimiser.step(lr), lr
 
 
@@ -79,7 +85,9 @@ def check(dump, run_jsonl, text_path):
     tokens = safetensors_io.read(dump)[0]["tokens"]
     expected = batch(text, int(run["seed"]), 0, int(run["batch"]), model.config.seq)[0]
     if not np.array_equal(tokens, expected):
-        raise ValueError(f"{dump}: its tokens are not the first micro-batch of {text_path} with seed {run['seed']}")
+        raise ValueError(
+            f"{dump}: its tokens are not the first micro-batch of {text_path} with seed {run['seed']}"
+        )
     steps = min(STEPS, max(logged, default=0))
     if steps == 0:
         raise ValueError(f"{run_jsonl}: no step lines, expected a run with at least one step")
@@ -90,8 +98,10 @@ def check(dump, run_jsonl, text_path):
         errors = [abs(a - b) / abs(b) if b else abs(a) for a, b in zip(found, truth)]
         good = all(error <= TOLERANCE for error in errors)
         passed, failed = passed + good, failed + (not good)
-        print(f"{'ok  ' if good else 'FAIL'} step {step}: loss {found[0]:.7g} ({errors[0]:.1e}), "
-              f"norm {found[1]:.7g} ({errors[1]:.1e}), lr {found[2]:.7g} ({errors[2]:.1e})")
+        print(
+            f"{'ok  ' if good else 'FAIL'} step {step}: loss {found[0]:.7g} ({errors[0]:.1e}), "
+            f"norm {found[1]:.7g} ({errors[1]:.1e}), lr {found[2]:.7g} ({errors[2]:.1e})"
+        )
     return passed, failed
 
 

@@ -1,7 +1,8 @@
-"""python3 make_golden.py [DIR]: small models at random points, everything a `--dump` file holds, computed in float64.
+"""python3 make_golden.py [DIR]: small models at random points, all that a `--dump` file holds, in float64.
 
-The C tests read them, so that they check the forward pass and every gradient without PyTorch. Default DIR: golden/.
+The C tests read them, so that they check the forward pass and every gradient without PyTorch. DIR: golden/.
 """
+
 import os
 import sys
 
@@ -18,7 +19,9 @@ CASES = {
     "hc": dict(residual="hc", streams=4),
     "mhc": dict(residual="mhc", streams=3, sinkhorn_iters=3),
     "ihc": dict(residual="ihc", streams=3, layers=1),
-    "mhc_rc_static": dict(residual="mhc", streams=3, layers=1, sinkhorn_order="rc", sinkhorn_iters=2, hc_static=True),
+    "mhc_rc_static": dict(
+        residual="mhc", streams=3, layers=1, sinkhorn_order="rc", sinkhorn_iters=2, hc_static=True
+    ),
     "mhc_pre_post": dict(residual="mhc", streams=2, layers=1, hc_maps="pre,post"),
     "mhc_c": dict(residual="mhc", streams=2, layers=1, sinkhorn_order="c"),
 }
@@ -30,8 +33,13 @@ def randomise(model, random):
     base is spread wide and iterations are few, so that R is not converged: their number and order show.
     """
     for name, p in model.named_parameters():
-        spread, centre = {"weight": (0.4, 0), "bias": (0.2, 0), "fn": (0.3, 0), "base": (1.5, 0), "scale": (0.2, 0.8)}[
-            name.split(".")[-1]]
+        spread, centre = {
+            "weight": (0.4, 0),
+            "bias": (0.2, 0),
+            "fn": (0.3, 0),
+            "base": (1.5, 0),
+            "scale": (0.2, 0.8),
+        }[name.split(".")[-1]]
         if ".ln_" in "." + name and name.endswith("weight"):
             centre = 1
         values = (random.standard_normal(tuple(p.shape)) * spread + centre).astype(np.float32)
@@ -39,7 +47,7 @@ def randomise(model, random):
 
 
 def dump(model, tokens, targets):
-    """What `--dump` writes, from a model and its first micro-batch (B, T): arrays by name, and the model's trace."""
+    """What `--dump` writes, for one micro-batch (B, T): arrays by name, and the model's trace."""
     trace = []
     logits, losses = model.losses(tokens, targets, trace)
     for entry in trace:
@@ -63,7 +71,11 @@ def make(config, seed, batch=2):
 
 
 def main():
-    folder = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
+    folder = (
+        sys.argv[1]
+        if len(sys.argv) > 1
+        else os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
+    )
     os.makedirs(folder, exist_ok=True)
     for seed, (name, options) in enumerate(CASES.items()):
         config = Config(**{**SMALL, **options})

@@ -1,11 +1,12 @@
 """python3 make_gpt2.py [DIR]: a tiny GPT-2 in Hugging Face's exact file layout, and the logits it must give.
 
 gpt2_hf.safetensors          as OpenAI's gpt2: no prefix, float mask buffers
-gpt2_hf_prefix.safetensors   the same weights as other exports: `transformer.`, boolean masks, a head of its own
+gpt2_hf_prefix.safetensors   the same weights with `transformer.`, boolean masks and a head of its own
 gpt2_hf_logits.safetensors   tokens and logits, the number of heads as metadata
 
-The logits come from the plain numpy below in float64, which shares nothing with gpt_mhc.py. Default DIR: golden/.
+The logits come from the plain numpy below in float64, which shares nothing with gpt_mhc.py. DIR: golden/.
 """
+
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ L, C, HEADS, T, V = 2, 8, 2, 6, 13
 
 def weights(random):
     """By Hugging Face's names. Conv1D weights are (in, out): the transpose of ours."""
+
     def normal(*shape, centre=0.0, spread=0.3):
         return (centre + spread * random.standard_normal(shape)).astype(np.float32)
 
@@ -27,8 +29,12 @@ def weights(random):
         h = f"h.{l}."
         for ln in ("ln_1", "ln_2"):
             w[h + ln + ".weight"], w[h + ln + ".bias"] = normal(C, centre=1.0), normal(C)
-        for name, rows, cols in (("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C),
-                                 ("mlp.c_fc", C, 4 * C), ("mlp.c_proj", 4 * C, C)):
+        for name, rows, cols in (
+            ("attn.c_attn", C, 3 * C),
+            ("attn.c_proj", C, C),
+            ("mlp.c_fc", C, 4 * C),
+            ("mlp.c_proj", 4 * C, C),
+        ):
             w[h + name + ".weight"], w[h + name + ".bias"] = normal(rows, cols), normal(cols)
     w["ln_f.weight"], w["ln_f.bias"] = normal(C, centre=1.0), normal(C)
     return w
@@ -40,7 +46,10 @@ def gpt2(w, tokens):
 
     def layernorm(x, name):
         centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
+        return (
+            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w[name + ".weight"]
+            + w[name + ".bias"]
+        )
 
     def conv1d(x, name):
         return x @ w[name + ".weight"] + w[name + ".bias"]
@@ -54,12 +63,12 @@ def gpt2(w, tokens):
         for t in range(len(x)):
             for head in range(HEADS):
                 part = slice(head * size, (head + 1) * size)
-                q, k, v = qkv[t, :C][part], qkv[:t + 1, C:2 * C][:, part], qkv[:t + 1, 2 * C:][:, part]
+                q, k, v = qkv[t, :C][part], qkv[: t + 1, C : 2 * C][:, part], qkv[: t + 1, 2 * C :][:, part]
                 scores = np.exp(k @ q / math.sqrt(size))
                 out[t, part] = scores / scores.sum() @ v
         return conv1d(out, name + ".c_proj")
 
-    x = w["wte.weight"][tokens] + w["wpe.weight"][:len(tokens)]
+    x = w["wte.weight"][tokens] + w["wpe.weight"][: len(tokens)]
     for l in range(L):
         x = x + attention(layernorm(x, f"h.{l}.ln_1"), f"h.{l}.attn")
         x = x + conv1d(gelu_new(conv1d(layernorm(x, f"h.{l}.ln_2"), f"h.{l}.mlp.c_fc")), f"h.{l}.mlp.c_proj")
@@ -67,13 +76,13 @@ def gpt2(w, tokens):
 
 
 def with_buffers(w, prefix, mask_kind):
-    """The file's tensors: attn.bias is the (1, 1, T, T) causal mask, masked_bias what masked scores become."""
+    """The file's tensors: attn.bias is the (1, 1, T, T) causal mask, masked_bias the masked scores."""
     out = {prefix + name: values for name, values in w.items()}
     for l in range(L):
         out[f"{prefix}h.{l}.attn.masked_bias"] = np.float32(-1e4)
     if prefix:
         out["lm_head.weight"] = w["wte.weight"]
-    for l in range(L):          # last: one byte an element would misalign what follows
+    for l in range(L):  # last: one byte an element would misalign what follows
         out[f"{prefix}h.{l}.attn.bias"] = np.tril(np.ones((1, 1, T, T))).astype(mask_kind)
     return out
 
@@ -85,13 +94,22 @@ def make(folder):
     logits = np.stack([gpt2(w, row) for row in tokens])
     path = os.path.join(folder, "gpt2_hf")
     safetensors_io.write(path + ".safetensors", with_buffers(w, "", np.float32), {"format": "pt"})
-    safetensors_io.write(path + "_prefix.safetensors", with_buffers(w, "transformer.", bool), {"format": "pt"})
-    safetensors_io.write(path + "_logits.safetensors", {"tokens": tokens, "logits": logits},
-                         {"layers": L, "width": C, "heads": HEADS, "seq": T, "vocab": V})
+    safetensors_io.write(
+        path + "_prefix.safetensors", with_buffers(w, "transformer.", bool), {"format": "pt"}
+    )
+    safetensors_io.write(
+        path + "_logits.safetensors",
+        {"tokens": tokens, "logits": logits},
+        {"layers": L, "width": C, "heads": HEADS, "seq": T, "vocab": V},
+    )
 
 
 def main():
-    folder = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
+    folder = (
+        sys.argv[1]
+        if len(sys.argv) > 1
+        else os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
+    )
     os.makedirs(folder, exist_ok=True)
     make(folder)
 

@@ -2,6 +2,7 @@
 
 Reads F32, BF16 (as float32) and I32, also BOOL and U8 (GPT-2's mask buffers); writes F32, I32 and BOOL.
 """
+
 import json
 import struct
 
@@ -19,10 +20,14 @@ def read(path):
         raise ValueError(f"{path}: {len(data)} bytes, expected a safetensors file")
     header_size = struct.unpack("<Q", data[:8])[0]
     if header_size > len(data) - 8:
-        raise ValueError(f"{path}: header of {header_size} bytes in a file of {len(data)}, the file is cut short")
-    header = json.loads(data[8:8 + header_size])
+        raise ValueError(
+            f"{path}: header of {header_size} bytes in a file of {len(data)}, the file is cut short"
+        )
+    header = json.loads(data[8 : 8 + header_size])
     metadata = header.pop("__metadata__", {})
-    return {name: _tensor(path, name, entry, data[8 + header_size:]) for name, entry in header.items()}, metadata
+    return {
+        name: _tensor(path, name, entry, data[8 + header_size :]) for name, entry in header.items()
+    }, metadata
 
 
 def _tensor(path, name, entry, data):
@@ -33,15 +38,17 @@ def _tensor(path, name, entry, data):
     kind = np.dtype(READ[entry["dtype"]])
     size = int(np.prod(shape, dtype=object)) * kind.itemsize
     if not 0 <= begin <= end <= len(data) or end - begin != size:
-        raise ValueError(f"{path}: {name} {list(shape)} at bytes {begin} to {end} of {len(data)}, expected {size} bytes")
+        raise ValueError(
+            f"{path}: {name} {list(shape)} at bytes {begin} to {end} of {len(data)}, expected {size} bytes"
+        )
     values = np.frombuffer(data[begin:end], dtype=kind).reshape(shape)
-    if entry["dtype"] == "BF16":        # the upper half of a float32
+    if entry["dtype"] == "BF16":  # the upper half of a float32
         values = (values.astype(np.uint32) << 16).view(np.float32)
     return values.copy()
 
 
 def write(path, tensors, metadata=None):
-    """Writes arrays by name, in the order given, one behind the other. float64 is stored as F32, integers as I32."""
+    """Writes arrays by name in the order given. float64 is stored as F32, integers as I32."""
     header, blobs, offset = {}, [], 0
     if metadata:
         header["__metadata__"] = {key: str(value) for key, value in metadata.items()}
@@ -50,10 +57,14 @@ def write(path, tensors, metadata=None):
         kind = {"f": "float32", "i": "int32", "b": "bool"}[values.dtype.kind]
         label, stored = WRITE[kind]
         blob = values.astype(stored).tobytes()
-        header[name] = {"dtype": label, "shape": list(values.shape), "data_offsets": [offset, offset + len(blob)]}
+        header[name] = {
+            "dtype": label,
+            "shape": list(values.shape),
+            "data_offsets": [offset, offset + len(blob)],
+        }
         offset += len(blob)
         blobs.append(blob)
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)     # the data starts at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text + b"".join(blobs))

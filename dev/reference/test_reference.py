@@ -1,4 +1,5 @@
-"""python3 test_reference.py: is the oracle itself right? Every check prints ok or FAIL; exit status 1 on any failure."""
+"""python3 test_reference.py: is the oracle itself right? Prints ok or FAIL; exit status 1 on any failure."""
+
 import contextlib
 import io
 import json
@@ -44,11 +45,12 @@ def random_model(**options):
     return model, tokens, targets
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
+
 def naive_coefficients(module, x):
-    """pre, post, R of one token's state x (n, C) by loops over the papers' sums, as an oracle for the oracle."""
+    """pre, post, R of one token's state x (n, C) by loops over the papers' sums."""
     config, n, C = module.config, *x.shape
     fn, base, scale = (p.detach().numpy() for p in (module.fn, module.base, module.scale))
     pre, post, R = np.zeros(n), np.zeros(n), np.zeros((n, n))
@@ -87,18 +89,27 @@ def test_against_loops():
                 x, f = entry["x"][1, t], entry["f"][1, t]
                 pre, post, R = naive_coefficients(entry["connection"], x)
                 y = [post[i] * f + sum(R[i, j] * x[j] for j in range(len(x))) for i in range(len(x))]
-                pairs = ((pre, entry["pre"][1, t]), (post, entry["post"][1, t]), (R, entry["res"][1, t]),
-                         (sum(pre[i] * x[i] for i in range(len(x))), entry["u"][1, t]), (np.array(y), entry["y"][1, t]))
+                pairs = (
+                    (pre, entry["pre"][1, t]),
+                    (post, entry["post"][1, t]),
+                    (R, entry["res"][1, t]),
+                    (sum(pre[i] * x[i] for i in range(len(x))), entry["u"][1, t]),
+                    (np.array(y), entry["y"][1, t]),
+                )
                 worst = max(worst, *(np.abs(a - b).max() for a, b in pairs))
         check(worst <= 1e-10, f"{residual}: coefficients, read and write as the papers' sums, {worst:.1e}")
 
 
 def test_start_is_plain():
-    torch.set_default_dtype(torch.float64)      # base exact beyond float32
+    torch.set_default_dtype(torch.float64)  # base exact beyond float32
     plain, tokens, _ = small_model(residual="plain")
     truth = plain(tokens)
-    cases = [dict(residual=r, hc_maps=m, hc_static=s) for r in ("hc", "mhc", "ihc")
-             for m in ("pre,post,res", "pre", "post", "res", "none") for s in (False, True)]
+    cases = [
+        dict(residual=r, hc_maps=m, hc_static=s)
+        for r in ("hc", "mhc", "ihc")
+        for m in ("pre,post,res", "pre", "post", "res", "none")
+        for s in (False, True)
+    ]
     cases += [dict(residual="mhc", sinkhorn_order=o) for o in ("rc", "c", "r")]
     cases += [dict(residual=r, streams=n) for r in ("hc", "mhc", "ihc") for n in (2, 3, 8)]
     for options in cases:
@@ -120,11 +131,16 @@ def test_symmetry_is_broken():
     for _ in range(3):
         trace = []
         model.losses(tokens, targets, trace)[1].mean().backward()
-        norms.append(float(model.h[0].mlp_hc.base.grad[2 * n:].norm()))
+        norms.append(float(model.h[0].mlp_hc.base.grad[2 * n :].norm()))
         spread.append(float(trace[-1]["y"].std(2).norm()))
         optimiser.step(1e-2)
-    check(norms[0] < 1e-15 and spread[0] < 1e-12, f"first step: equal streams, no gradient for R {norms[0]:.1e}")
-    check(norms[1] > 1e-10 and spread[1] > 1e-5, f"second step: streams differ {spread[1]:.1e}, R learns {norms[1]:.1e}")
+    check(
+        norms[0] < 1e-15 and spread[0] < 1e-12, f"first step: equal streams, no gradient for R {norms[0]:.1e}"
+    )
+    check(
+        norms[1] > 1e-10 and spread[1] > 1e-5,
+        f"second step: streams differ {spread[1]:.1e}, R learns {norms[1]:.1e}",
+    )
 
 
 def test_differences():
@@ -155,18 +171,27 @@ def test_off_means_constant():
     trace = []
     model.losses(tokens, targets, trace)[1].mean().backward()
     n, grads = model.config.n, gradients(model)
-    check((trace[0]["pre"] == 1 / n).all() and (trace[0]["res"] == torch.eye(n)).all(), "maps off are 1/n and I")
+    check(
+        (trace[0]["pre"] == 1 / n).all() and (trace[0]["res"] == torch.eye(n)).all(), "maps off are 1/n and I"
+    )
     fn, base = grads["h.0.attn_hc.fn"], grads["h.0.attn_hc.base"]
-    check(fn[:n].norm() == 0 and fn[2 * n:].norm() == 0 and fn[n:2 * n].norm() > 0, "rows of maps off get zero gradient")
-    check(base[:n].norm() == 0 and base[2 * n:].norm() == 0 and base[n:2 * n].norm() > 0, "their base too")
+    check(
+        fn[:n].norm() == 0 and fn[2 * n :].norm() == 0 and fn[n : 2 * n].norm() > 0,
+        "rows of maps off get zero gradient",
+    )
+    check(base[:n].norm() == 0 and base[2 * n :].norm() == 0 and base[n : 2 * n].norm() > 0, "their base too")
     model, tokens, targets = random_model(residual="mhc", hc_static=True)
     model.losses(tokens, targets)[1].mean().backward()
     grads = gradients(model)
-    check(grads["h.0.attn_hc.fn"].norm() == 0 and grads["h.0.attn_hc.scale"].norm() == 0, "static: fn and scale get zero")
+    check(
+        grads["h.0.attn_hc.fn"].norm() == 0 and grads["h.0.attn_hc.scale"].norm() == 0,
+        "static: fn and scale get zero",
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sinkhorn and gains
+
 
 def test_sinkhorn():
     a = 2 * torch.randn(500, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -174,7 +199,9 @@ def test_sinkhorn():
     check((R >= 0).all() and float((R.sum(-1) - 1).abs().max()) <= 1e-11, "rows sum to 1 after 20 iterations")
     check(float((R.sum(-2) - 1).abs().median()) < 1e-5, "columns nearly")
     shifted = sinkhorn(a + torch.randn(500, 1, 4, dtype=torch.float64), 3, "cr")
-    check(float((shifted - sinkhorn(a, 3, "cr")).abs().max()) <= 1e-11, "a constant added to a column cancels")
+    check(
+        float((shifted - sinkhorn(a, 3, "cr")).abs().max()) <= 1e-11, "a constant added to a column cancels"
+    )
     flipped = sinkhorn(a.transpose(-1, -2), 5, "rc").transpose(-1, -2)
     check(float((flipped - sinkhorn(a, 5, "cr")).abs().max()) <= 1e-15, "rc is cr of the transpose")
     limit = sinkhorn(a[:50] / 2, 3000, "rc") - sinkhorn(a[:50] / 2, 3000, "cr")
@@ -196,19 +223,24 @@ def test_gains():
             G = entry["res"] @ G
         forward, backward = G.sum(-1).abs().amax(-1).mean(), G.sum(-2).abs().amax(-1).mean()
         good = abs(forward - 1) <= 1e-10 and backward < 2 if exact else forward > 2
-        check(good, f"{residual}: composite gain forward {float(forward):.6g}, backward {float(backward):.6g}")
+        check(
+            good, f"{residual}: composite gain forward {float(forward):.6g}, backward {float(backward):.6g}"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
+
 
 def test_adamw():
     """The plain update against torch.optim and torch's clipping."""
     ours, tokens, targets = small_model(residual="mhc")
     theirs, _, _ = small_model(residual="mhc")
     named = list(theirs.named_parameters())
-    groups = [{"params": [p for _, p in named if p.dim() == 2], "weight_decay": 0.1},
-              {"params": [p for _, p in named if p.dim() != 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for _, p in named if p.dim() == 2], "weight_decay": 0.1},
+        {"params": [p for _, p in named if p.dim() != 2], "weight_decay": 0.0},
+    ]
     torch_adamw, our_adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8), AdamW(ours)
     for _ in range(10):
         for model in (ours, theirs):
@@ -227,58 +259,107 @@ def test_learning_rate():
     close = lambda value, expected: abs(value - expected) <= 1e-12
     for schedule in ("cosine", "linear", "wsd", "step", "constant"):
         check(rates(schedule)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0], f"{schedule}: warm-up, then the full rate")
-    check(close(rates("cosine")[12], 0.55) and close(rates("linear")[12], 0.55), "cosine and linear are half way down in the middle")
+    check(
+        close(rates("cosine")[12], 0.55) and close(rates("linear")[12], 0.55),
+        "cosine and linear are half way down in the middle",
+    )
     check(close(rates("linear")[19], 1 - 0.9 * 15 / 16), "linear's last update is one short of the end")
-    check(rates("wsd")[:17][-1] == 1.0 and close(rates("wsd")[18], 0.55), "wsd falls linearly in the last fifth")
+    check(
+        rates("wsd")[:17][-1] == 1.0 and close(rates("wsd")[18], 0.55), "wsd falls linearly in the last fifth"
+    )
     check(rates("step")[15:20] == [1.0, 0.316, 0.316, 0.1, 0.1], "step falls at 80 % and 90 %")
 
 
 def simulated_run(folder, **changes):
-    """A run as the trainer writes it, by the float32 model; changes spoil it. The three arguments of check_training."""
-    dump, run_jsonl, text = (os.path.join(folder, name) for name in ("dump.safetensors", "run.jsonl", "text.txt"))
+    """The arguments of check_training for a run by the float32 model; changes spoil it."""
+    dump, run_jsonl, text = (
+        os.path.join(folder, name) for name in ("dump.safetensors", "run.jsonl", "text.txt")
+    )
     with open(text, "wb") as file:
         file.write(bytes(np.random.default_rng(0).integers(97, 123, 3000, dtype=np.uint8)))
     torch.manual_seed(0)
     model = GPT(Config(**{**SMALL, "vocab": 256}))
-    run = {"type": "run", "batch": 2, "micro-batches": 2, "seed": 7, "steps": 6, "lr": 3e-3, "warmup": 2, "schedule": "cosine",
-           "min-lr-frac": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight-decay": 0.1, "grad-clip": 1.0}
+    run = {
+        "type": "run",
+        "batch": 2,
+        "micro-batches": 2,
+        "seed": 7,
+        "steps": 6,
+        "lr": 3e-3,
+        "warmup": 2,
+        "schedule": "cosine",
+        "min-lr-frac": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "weight-decay": 0.1,
+        "grad-clip": 1.0,
+    }
     data = open(text, "rb").read()
-    safetensors_io.write(dump, make_golden.dump(model, *check_training.batch(data, 7, 0, 2, 12))[0], model.config.to_strings())
+    safetensors_io.write(
+        dump, make_golden.dump(model, *check_training.batch(data, 7, 0, 2, 12))[0], model.config.to_strings()
+    )
     model.zero_grad(set_to_none=True)
-    truth = list(check_training.train(model, {k.replace("-", "_"): v for k, v in {**run, **changes}.items()}, data, 6))
-    lines = [run] + [dict(type="step", step=s, loss=loss, grad_norm=norm, lr=lr) for s, (loss, norm, lr) in enumerate(truth, 1)]
+    truth = list(
+        check_training.train(model, {k.replace("-", "_"): v for k, v in {**run, **changes}.items()}, data, 6)
+    )
+    lines = [run] + [
+        dict(type="step", step=s, loss=loss, grad_norm=norm, lr=lr)
+        for s, (loss, norm, lr) in enumerate(truth, 1)
+    ]
     with open(run_jsonl, "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     return dump, run_jsonl, text
 
 
 def test_training(folder):
-    check(check_training.mix64(0) == 0xe220a8397b1dcdaf, "mix64 is splitmix64's finaliser")
+    check(check_training.mix64(0) == 0xE220A8397B1DCDAF, "mix64 is splitmix64's finaliser")
     tokens, targets = check_training.batch(bytes(range(100)), 1, 0, 50, 8)
-    check(tokens.min() >= 0 and targets.max() < 90 and (targets == tokens + 1).all(), "windows stay in the first 90 %")
+    check(
+        tokens.min() >= 0 and targets.max() < 90 and (targets == tokens + 1).all(),
+        "windows stay in the first 90 %",
+    )
 
     def outcome(**changes):
         with contextlib.redirect_stdout(io.StringIO()):
             return check_training.check(*simulated_run(folder, **changes))
+
     check(outcome() == (6, 0), "a float32 run passes")
-    for change in (dict(lr=3.001e-3), dict(beta2=0.951), dict(weight_decay=0.0), dict(seed=8), dict(grad_clip=0.5)):
+    for change in (
+        dict(lr=3.001e-3),
+        dict(beta2=0.951),
+        dict(weight_decay=0.0),
+        dict(seed=8),
+        dict(grad_clip=0.5),
+    ):
         check(outcome(**change)[1] > 0, f"a run that did otherwise is caught: {change}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
+
 
 def test_safetensors(folder):
     path = os.path.join(folder, "x.safetensors")
-    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(7, dtype=np.int32),
-               "empty": np.zeros((0, 4), np.float32), "mask": np.array([True, False])}
+    tensors = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array(7, dtype=np.int32),
+        "empty": np.zeros((0, 4), np.float32),
+        "mask": np.array([True, False]),
+    }
     safetensors_io.write(path, tensors, {"step": 3})
     found, metadata = safetensors_io.read(path)
-    same = all(np.array_equal(found[k], v) and found[k].dtype == v.dtype and found[k].shape == v.shape for k, v in tensors.items())
-    check(same and list(found) == list(tensors) and metadata == {"step": "3"}, "safetensors: what was written is read")
+    same = all(
+        np.array_equal(found[k], v) and found[k].dtype == v.dtype and found[k].shape == v.shape
+        for k, v in tensors.items()
+    )
+    check(
+        same and list(found) == list(tensors) and metadata == {"step": "3"},
+        "safetensors: what was written is read",
+    )
     header = json.dumps({"w": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
     with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header + bytes((0x80, 0x3f, 0x20, 0xc0)))
+        file.write(len(header).to_bytes(8, "little") + header + bytes((0x80, 0x3F, 0x20, 0xC0)))
     check(safetensors_io.read(path)[0]["w"].tolist() == [1.0, -2.5], "safetensors: BF16 as float32")
     with open(path, "r+b") as file:
         file.truncate(8 + len(header) + 3)
@@ -294,7 +375,9 @@ def test_golden(folder):
         path = os.path.join(GOLDEN, name + ".safetensors")
         tensors, metadata = safetensors_io.read(path)
         truth = make_golden.make(Config(**{**make_golden.SMALL, **options}), seed)
-        fresh = set(truth) == set(tensors) and all(np.allclose(tensors[k], v, 1e-6, 1e-9) for k, v in truth.items())
+        fresh = set(truth) == set(tensors) and all(
+            np.allclose(tensors[k], v, 1e-6, 1e-9) for k, v in truth.items()
+        )
         check(fresh, f"golden {name}: is what make_golden.py makes")
         single = GPT.from_safetensors(path)
         tokens, targets = (torch.from_numpy(tensors[k]).long() for k in ("tokens", "targets"))
@@ -315,38 +398,70 @@ def test_check_dump_fails(folder):
 
     def change(name, function):
         return failures(lambda tensors, _: tensors.__setitem__(name, function(tensors[name])))
+
     check(failures(lambda tensors, metadata: None) == [], "check_dump: an untouched file passes")
-    check(change("hc.1.res", lambda v: v.swapaxes(-1, -2)) == ["hc.1.res"], "check_dump: a transposed R is caught")
-    check(change("grad.h.0.mlp_hc.base", lambda v: v * np.float32(1.001)) == ["grad.h.0.mlp_hc.base"], "check_dump: 0.1 % is caught")
+    check(
+        change("hc.1.res", lambda v: v.swapaxes(-1, -2)) == ["hc.1.res"],
+        "check_dump: a transposed R is caught",
+    )
+    check(
+        change("grad.h.0.mlp_hc.base", lambda v: v * np.float32(1.001)) == ["grad.h.0.mlp_hc.base"],
+        "check_dump: 0.1 % is caught",
+    )
     check(change("losses", lambda v: v * np.float32(np.nan)) == ["losses"], "check_dump: NaN is caught")
-    check(change("grad.wte.weight", lambda v: v * 0) == ["grad.wte.weight"], "check_dump: a gradient of zeros is caught")
-    check(len(change("h.1.mlp.c_fc.bias", lambda v: v + np.float32(0.01))) > 40, "check_dump: other weights are caught")
-    check(failures(lambda t, m: t.pop("logits") is None) == ["logits"], "check_dump: a missing tensor is caught")
+    check(
+        change("grad.wte.weight", lambda v: v * 0) == ["grad.wte.weight"],
+        "check_dump: a gradient of zeros is caught",
+    )
+    check(
+        len(change("h.1.mlp.c_fc.bias", lambda v: v + np.float32(0.01))) > 40,
+        "check_dump: other weights are caught",
+    )
+    check(
+        failures(lambda t, m: t.pop("logits") is None) == ["logits"], "check_dump: a missing tensor is caught"
+    )
     check(failures(lambda t, m: t.update(x=np.zeros(1))) == ["x"], "check_dump: a tensor too many is caught")
-    check(failures(lambda t, m: m.pop("heads") is None) == ["__metadata__"], "check_dump: missing options are caught")
-    check(failures(lambda t, m: m.update({"sinkhorn-order": "rc"})) != [], "check_dump: another order is caught")
-    check(failures(lambda t, m: m.update({"sinkhorn_iters": "4"})) != [], "check_dump: other iterations are caught, _ as well as -")
+    check(
+        failures(lambda t, m: m.pop("heads") is None) == ["__metadata__"],
+        "check_dump: missing options are caught",
+    )
+    check(
+        failures(lambda t, m: m.update({"sinkhorn-order": "rc"})) != [], "check_dump: another order is caught"
+    )
+    check(
+        failures(lambda t, m: m.update({"sinkhorn_iters": "4"})) != [],
+        "check_dump: other iterations are caught, _ as well as -",
+    )
 
 
 def test_gpt2_layout(folder):
     """Hugging Face's file, by the rules of --init-from, in our plain model."""
     make_gpt2.make(folder)
     for name in ("gpt2_hf", "gpt2_hf_prefix", "gpt2_hf_logits"):
-        fresh, stored = (safetensors_io.read(os.path.join(place, name + ".safetensors"))[0] for place in (folder, GOLDEN))
-        same = list(fresh) == list(stored) and all(np.allclose(fresh[k], v, 1e-6, 1e-6) for k, v in stored.items())
+        fresh, stored = (
+            safetensors_io.read(os.path.join(place, name + ".safetensors"))[0] for place in (folder, GOLDEN)
+        )
+        same = list(fresh) == list(stored) and all(
+            np.allclose(fresh[k], v, 1e-6, 1e-6) for k, v in stored.items()
+        )
         check(same, f"{name}: is what make_gpt2.py makes")
     logits, metadata = safetensors_io.read(os.path.join(GOLDEN, "gpt2_hf_logits.safetensors"))
     model = GPT(Config.from_strings(metadata, residual="plain")).double()
     for name, prefix in (("gpt2_hf", ""), ("gpt2_hf_prefix", "transformer.")):
         tensors, _ = safetensors_io.read(os.path.join(GOLDEN, name + ".safetensors"))
-        check(f"{prefix}h.0.attn.bias" in tensors and f"{prefix}h.1.attn.masked_bias" in tensors, f"{name}: has the buffers")
+        check(
+            f"{prefix}h.0.attn.bias" in tensors and f"{prefix}h.1.attn.masked_bias" in tensors,
+            f"{name}: has the buffers",
+        )
         check(("lm_head.weight" in tensors) == bool(prefix), f"{name}: a head where there is a prefix")
         ours = {}
         for p, values in tensors.items():
             conv1d = values.ndim == 2 and ".h." in "." + p
-            ours[p[len(prefix):] if p.startswith(prefix) else p] = values.T.copy() if conv1d else values
+            ours[p[len(prefix) :] if p.startswith(prefix) else p] = values.T.copy() if conv1d else values
         model.load(ours)
-        error = relative(model(torch.from_numpy(logits["tokens"]).long()), torch.from_numpy(logits["logits"]).double())
+        error = relative(
+            model(torch.from_numpy(logits["tokens"]).long()), torch.from_numpy(logits["logits"]).double()
+        )
         check(error <= 1e-6, f"{name}: logits of the plain numpy GPT-2, {error:.1e}")
 
 
