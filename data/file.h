@@ -10,7 +10,7 @@
 
 // Four bytes of a file, all of whose numbers are little-endian whatever the machine is.
 static inline uint32_t little32(const uint8_t* bytes) {
-    return (uint32_t)bytes[0] | (uint32_t)bytes[1] << 8 | (uint32_t)bytes[2] << 16 | (uint32_t)bytes[3] << 24;
+    return bytes[0] | (uint32_t)bytes[1] << 8 | (uint32_t)bytes[2] << 16 | (uint32_t)bytes[3] << 24;
 }
 
 // Whether path is a file with at least one byte. Asked before opening: opening a pipe would wait for its

@@ -18,7 +18,8 @@ static const char* in_folder(const char* name) {
 
 static void write_file(const char* path, const void* bytes, size_t size) {
     FILE* file = fopen(path, "wb");
-    if (!file || fwrite(bytes, 1, size, file) != size || fclose(file) != 0) die("%s: cannot be written", path);
+    bool good = file && fwrite(bytes, 1, size, file) == size;
+    if (!good || fclose(file) != 0) die("%s: cannot be written", path);
 }
 
 static void put32(uint8_t* at, uint32_t value) {
@@ -88,7 +89,7 @@ static void test_text(void) {
     if (!check(opened, "a text is opened")) return;
     check(tokens_count(&train) == 903 && tokens_count(&val) == 100, "the last tenth is for validation");
     check(tokens_default_vocab(&train) == 256 && tokens_default_vocab(&val) == 256, "bytes: vocabulary 256");
-    check(tokens_resident_bytes(&train) + tokens_resident_bytes(&val) == SIZE, "both parts share one buffer");
+    check(tokens_resident_bytes(&train) + tokens_resident_bytes(&val) == SIZE, "both share one buffer");
 
     bool good = true, reached_end = false;
     for (uint64_t g = 0; g < 5000; g++) {
@@ -265,8 +266,8 @@ static void refused(const char* pattern, const char* reason) {
     Tokens t;
     Error e;
     bool opened = tokens_open_shards(&t, pattern, &e);
-    check(!opened && strstr(e.text, reason) && strstr(e.text, folder) && !strchr(e.text, '\n'), "refused: %s",
-          opened ? pattern : e.text);
+    bool clear = !opened && strstr(e.text, reason) && strstr(e.text, folder) && !strchr(e.text, '\n');
+    check(clear, "refused: %s", opened ? pattern : e.text);
     if (opened) tokens_close(&t);
 }
 

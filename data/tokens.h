@@ -4,8 +4,8 @@
 // there is no loader state to save, and a run that is resumed, or spread over other ranks, sees the same
 // data.
 //
-// A shard: 256 int32 (magic, version, number of tokens), then the tokens: uint16 of GPT-2's vocabulary (magic
-// 20240520, version 1) or uint32 of Llama 3's (20240801, version 7).
+// A shard: 256 int32 (magic, version, number of tokens), then the tokens: uint16 of GPT-2's vocabulary
+// (magic 20240520, version 1) or uint32 of Llama 3's (20240801, version 7).
 
 #ifndef DATA_TOKENS_H
 #define DATA_TOKENS_H
@@ -172,8 +172,8 @@ static inline bool shard_parse(const uint8_t* header, size_t bytes, uint64_t fil
                     " tokens that its header announces: %s", path, file_bytes, expected, *count,
                     file_bytes < expected ? "cut short, fetch it again" : "damaged");
     }
-    return fail(e, "%s: magic number %u, expected %u or %u (llm.c token shards)", path, magic, kinds[0].magic,
-                kinds[1].magic);
+    return fail(e, "%s: magic number %u, expected %u or %u (llm.c token shards)", path, magic,
+                kinds[0].magic, kinds[1].magic);
 }
 
 // Reads up to bytes bytes at offset; less only at the end of the file. -1 and an error line if that fails.
