@@ -4,9 +4,9 @@
     train_gpt_mhc --data TEXT.txt ... --dump DUMP.safetensors      # same options: the initial weights
     python3 check_training.py DUMP.safetensors DIR/run.jsonl TEXT.txt
 
-The model comes from the dump (its first micro-batch must be the run's first), the optimiser from the run's first
-line, each step's data from the text by the trainer's rule. loss, grad_norm and lr of every step, at most 20, must
-agree to 1e-5. One replica, a token a byte.
+The model comes from the dump (its first micro-batch must be the run's first), the optimiser from the run's
+first line, each step's data from the text by the trainer's rule. loss, grad_norm and lr of every step, at most
+20, must agree to 1e-5. One replica, a token a byte.
 """
 
 import json

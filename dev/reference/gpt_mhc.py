@@ -80,8 +80,8 @@ def sinkhorn(a, iters, order):
     """mHC Eq. 9: alternate divisions by column and row sums. a (.., n, n) logits, R[out][in].
 
     order, one letter for each division of an iteration: c divides each column by its sum, r each row; `cr` is
-    the paper's. The largest logit of each line that is normalised first is subtracted (columns for cr and c, rows
-    for rc and r): that division cancels it exactly. `none` is exp(a): positive, otherwise unconstrained.
+    the paper's. The largest logit of each line that is normalised first is subtracted (columns for cr and c,
+    rows for rc and r): that division cancels it exactly. `none` is exp(a): positive, otherwise unconstrained.
     """
     if order == "none":
         return a.exp()
