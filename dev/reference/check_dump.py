@@ -11,8 +11,8 @@ A dot product rounds by about u |a| |b| with u = 2^-24, and streams that should 
 the gradients of one token's coefficients are only defined to
     e = u (|du| |x| + |dy| |f| + |dy| |x|)      for pre, post, R; a map that is off drops its term
 because sigmoid, tanh and Sinkhorn's divisions do not enlarge a gradient much (exp alone, order none, does:
-times max R). The tokens' errors add: where fn is 0 all tokens have the same R, so they share their sign. So |a - b|
-may also be as large as
+times max R). The tokens' errors add: where fn is 0 all tokens have the same R, so they share their sign. So
+|a - b| may also be as large as
     base: sum e      fn: max|alpha| sqrt(nC) sum e (|rho x| = sqrt(nC))      scale: sum e |projection|.
 At the golden files' random points this is 1e-6 to 1e-4 of the gradient: a wrong formula does not hide
 behind it. What passes by the floor alone is printed.

@@ -5,8 +5,8 @@
     python3 check_training.py DUMP.safetensors DIR/run.jsonl TEXT.txt
 
 The model comes from the dump (its first micro-batch must be the run's first), the optimiser from the run's
-first line, each step's data from the text by the trainer's rule. loss, grad_norm and lr of every step, at most
-20, must agree to 1e-5. One replica, a token a byte.
+first line, each step's data from the text by the trainer's rule. loss, grad_norm and lr of every step, at
+most 20, must agree to 1e-5. One replica, a token a byte.
 """
 
 import json
@@ -36,8 +36,8 @@ def hash64(seed, index):
 
 
 def batch(text, seed, first, B, T):
-    """tokens, targets (B, T) of the sequences first, first + 1, ..: windows of the text's first 90 %."""
-    train = text[: len(text) * 9 // 10]
+    """tokens, targets (B, T) of sequences first, first + 1, ..: windows before the text's last tenth."""
+    train = text[: len(text) - len(text) // 10]
     starts = [hash64(seed, first + row) % (len(train) - T) for row in range(B)]
     windows = torch.tensor([list(train[start : start + T + 1]) for start in starts])
     return windows[:, :-1], windows[:, 1:]
