@@ -185,7 +185,7 @@ static inline bool safe_metadata(SafeParser* p) {
 }
 
 static inline bool safe_dtype(SafeParser* p, SafeTensor* t, Error* e) {
-    char name[16], label[JSON_LABEL];
+    char name[16], label[JSON_LABEL], found[JSON_LABEL];
     if (json_string(&p->json, name, sizeof name) < 0) return false;
     for (size_t i = 0; i < sizeof safe_dtypes / sizeof *safe_dtypes; i++) {
         if (strcmp(safe_dtypes[i].name, name) != 0) continue;
@@ -193,8 +193,8 @@ static inline bool safe_dtype(SafeParser* p, SafeTensor* t, Error* e) {
         t->type = safe_dtypes[i].type;
         return true;
     }
-    return fail(e, "%s: tensor %s has an unknown dtype, expected F32, BF16 or F16; convert the file", p->path,
-                json_label(label, t->name));
+    return fail(e, "%s: tensor %s has the unknown dtype %s, expected F32, BF16 or F16; convert the file",
+                p->path, json_label(label, t->name), json_label(found, name));
 }
 
 static inline bool safe_shape(SafeParser* p, SafeTensor* t, Error* e) {
@@ -235,7 +235,7 @@ static inline bool safe_check_size(const SafeParser* p, SafeTensor* t, Error* e)
     if (bits % 8 || bits / 8 != end - begin)
         return fail(e, "%s: tensor %s has %llu bytes of data, its shape and dtype %s need %llu: damaged",
                     p->path, json_label(label, t->name), (unsigned long long)(end - begin),
-                    safe_dtypes[t->dtype].name, (unsigned long long)(bits / 8));
+                    safe_dtypes[t->dtype].name, (unsigned long long)(bits / 8 + (bits % 8 != 0)));
     t->bytes = end - begin;
     return true;
 }
