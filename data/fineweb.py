@@ -3,8 +3,8 @@
 
     python3 data/fineweb.py [N]
 
-N is the number of training shards, 1 to 99 (default 1). A shard has 100 million tokens and takes 200 MB; all of them
-are 10 billion. They go to data/fineweb/, with one shard for validation, for
+N is the number of training shards, 1 to 99 (default 1). A shard has 100 million tokens and takes 200 MB; all
+of them are 10 billion. They go to data/fineweb/, with one shard for validation, for
 
     --data 'data/fineweb/finewebedu_train_*.bin' --val-data 'data/fineweb/finewebedu_val_*.bin' \\
     --tokenizer data/fineweb/gpt2_tokenizer.bin
@@ -77,12 +77,13 @@ def fetch(base, name):
         wrong = check(part)
         if wrong:
             os.remove(part)
+            clean_up()
             fail(f"{path}: {wrong}; removed, try again")
         os.rename(part, path)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         clean_up()
-        fail(f"{path}: cannot be fetched from {base + name}: {reason}; try again, it goes on where it stopped")
+        fail(f"{path}: cannot be fetched from {base + name}: {reason}; try again, it goes on from there")
     print(f"\r{path}: {os.path.getsize(path)} bytes")
 
 

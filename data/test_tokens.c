@@ -209,9 +209,39 @@ static void test_shards(uint32_t magic, uint32_t version, int vocab) {
     tokens_close(&t);
 }
 
+static uint64_t fingerprint_of(const char* pattern) {
+    Tokens t;
+    Error e;
+    if (!tokens_open_shards(&t, pattern, &e)) die("%s", e.text);
+    uint64_t fingerprint = tokens_fingerprint(&t);
+    tokens_close(&t);
+    return fingerprint;
+}
+
+// Shards whose first and last page do not meet.
+static void test_fingerprint(void) {
+    enum { COUNT = 6000 };
+    const char* path = write_shard("print_0.bin", 20240520, 1, COUNT, 0, 50257);
+    uint64_t before = fingerprint_of(path);
+    const long changed[] = {SHARD_HEADER, SHARD_HEADER + 2 * COUNT - 2};
+    for (int k = 0; k < 2; k++) {
+        write_shard("print_0.bin", 20240520, 1, COUNT, 0, 50257);
+        FILE* file = fopen(path, "r+b");
+        if (!file || fseek(file, changed[k], SEEK_SET) != 0) die("%s: cannot be changed", path);
+        fputc(99, file);
+        fclose(file);
+        check(fingerprint_of(path) != before, "another %s token, another fingerprint", k ? "last" : "first");
+    }
+    write_shard("print_0.bin", 20240520, 1, COUNT, 0, 50257);
+    check(fingerprint_of(path) == before, "the same file, the same fingerprint");
+    check(fingerprint_of(write_shard("print_1.bin", 20240520, 1, COUNT, 0, 50257)) != before,
+          "another name, another fingerprint");
+    check(fingerprint_of(in_folder("print_*.bin")) != before, "another file, another fingerprint");
+}
+
 static void test_permutation(void) {
     bool good = true;
-    int fixed = 0, items = 0;
+    int fixed = 0, falls = 0, items = 0;
     static unsigned char seen[5000];
     for (uint64_t count = 1; count < 5000; count += 1 + count / 7)
         for (uint64_t key = 0; key < 3; key++) {
@@ -220,11 +250,15 @@ static void test_permutation(void) {
                 uint64_t to = tokens_permute(key, k, count);
                 good = good && to < count && !seen[to < count ? to : 0];
                 if (to < count) seen[to] = 1;
-                if (count > 1000) items++, fixed += to == k;
+                if (count < 1000) continue;
+                items++;
+                fixed += to == k;
+                falls += to < tokens_permute(key, (k + 1) % count, count);
             }
         }
     check(good, "permutations of 1 to 5000 items reach each once");
     check(items > 10000 && fixed < 60, "few items stay in place: %d of %d", fixed, items);
+    check(abs(2 * falls - items) < items / 50, "half of the neighbours are swapped: %d of %d", falls, items);
     uint64_t huge = (uint64_t)1 << 40;
     good = true;
     for (uint64_t k = 0; k < 1000; k++) good = good && tokens_permute(9, huge - k, huge + 1) <= huge;
@@ -350,6 +384,7 @@ int main(void) {
     test_text_bpe(true);
     test_shards(20240520, 1, 50257);
     test_shards(20240801, 7, 128256);
+    test_fingerprint();
     test_permutation();
     test_huge();
     test_refusals();
