@@ -388,7 +388,8 @@ static double initial_base(const Config* c, int k, int m) {
     if (per_stream(c)) return m < n ? m == favourite : m < 2 * n ? 1 : e / n == e % n;
     if (m < n) return n == 1 ? 16 : m == favourite ? logit(0.7) : logit(0.3 / (n - 1));  // weights sum to 1
     if (m < 2 * n) return 0;                            // 2 sigmoid(0) = 1
-    return e / n == e % n ? c->gap : 0;
+    double rows = c->order == ORDER_NONE ? log(exp(c->gap) + n - 1) : 0;     // nothing else makes its rows sum to 1
+    return (e / n == e % n ? c->gap : 0) - rows;
 }
 
 static real initial_value(const Config* c, const Tensor* t, uint64_t seed, size_t index) {
@@ -1279,9 +1280,113 @@ static void head(Model* m, Activations* a, const int32_t* targets, int rows, rea
 }
 
 // ------------------------------------------------------------------------------------------------
-// The model, forward and backward
+// Gains and streams: what the paper's figures show. In double; a pass of its own, not part of training.
 
-static void stream_statistics(StreamStats* s, const real* state, int rows, int n, int C);
+typedef struct { double forward_max, forward_min, backward_max, backward_min; } Gain;
+enum { GAIN_FIELDS = sizeof(Gain) / sizeof(double) };
+
+// g += those of G (n, n): the largest and smallest |row sum| (what the signal is multiplied by) and |column sum| (the gradient)
+static void gain_add(Gain* g, const double* G, int n, double weight) {
+    Gain one = {0, INFINITY, 0, INFINITY};
+    for (int i = 0; i < n; i++) {
+        double row = 0, column = 0;
+        for (int j = 0; j < n; j++) {
+            row += G[i * n + j];
+            column += G[j * n + i];
+        }
+        one.forward_max = fmax(one.forward_max, fabs(row));
+        one.forward_min = fmin(one.forward_min, fabs(row));
+        one.backward_max = fmax(one.backward_max, fabs(column));
+        one.backward_min = fmin(one.backward_min, fabs(column));
+    }
+    g->forward_max += weight * one.forward_max;
+    g->forward_min += weight * one.forward_min;
+    g->backward_max += weight * one.backward_max;
+    g->backward_min += weight * one.backward_min;
+}
+
+// R (n, n) of a token in sublayer k: what of the residual connection goes past F
+static void residual_mapping(double* R, const Config* c, const Sublayer* s, int row) {
+    int n = c->n, count = coefficient_count(c);
+    if (!has_connections(c)) R[0] = c->residual == RESIDUAL_PLAIN;
+    else
+        for (int e = 0; e < n * n; e++) R[e] = (double)s->coef[(size_t)row * count + 2 * n + e];
+}
+
+// single[k]: gains of sublayer k's R; composite[k]: of R_{2L-1} .. R_k. Means over the T rows of a forward pass.
+static void model_gains(Gain* single, Gain* composite, const Config* c, const Activations* a, int T) {
+    int n = c->n, last = 2 * c->L - 1;
+    memset(single, 0, sizeof(Gain) * (size_t)(last + 1));
+    memset(composite, 0, sizeof(Gain) * (size_t)(last + 1));
+    for (int t = 0; t < T; t++) {
+        double product[MAX_N * MAX_N], R[MAX_N * MAX_N], next[MAX_N * MAX_N];
+        for (int k = last; k >= 0; k--) {
+            residual_mapping(R, c, &a->sub[k], t);
+            for (int i = 0; i < n; i++)
+                for (int j = 0; j < n; j++) {
+                    next[i * n + j] = k == last ? R[i * n + j] : 0;
+                    for (int h = 0; k < last && h < n; h++) next[i * n + j] += product[i * n + h] * R[h * n + j];
+                }
+            memcpy(product, next, sizeof product);
+            gain_add(&single[k], R, n, 1.0 / T);
+            gain_add(&composite[k], product, n, 1.0 / T);
+        }
+    }
+}
+
+// Eigenvalues of the symmetric S (n, n), on its diagonal afterwards: Jacobi's rotations until nothing is off it.
+static void eigenvalues(double* S, int n) {
+    for (int sweep = 0; sweep < 30; sweep++)
+        for (int p = 0; p < n; p++)
+            for (int q = p + 1; q < n; q++) {
+                if (fabs(S[p * n + q]) < 1e-300) continue;
+                double theta = (S[q * n + q] - S[p * n + p]) / (2 * S[p * n + q]);
+                double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
+                double cosine = 1 / sqrt(t * t + 1), sine = t * cosine;
+                for (int i = 0; i < n; i++) {
+                    double x = S[i * n + p], y = S[i * n + q];
+                    S[i * n + p] = cosine * x - sine * y;
+                    S[i * n + q] = sine * x + cosine * y;
+                }
+                for (int i = 0; i < n; i++) {
+                    double x = S[p * n + i], y = S[q * n + i];
+                    S[p * n + i] = cosine * x - sine * y;
+                    S[q * n + i] = sine * x + cosine * y;
+                }
+            }
+}
+
+// exp of the entropy of the singular values: how many directions the n streams really span. gram (n, n) = x x^T
+static double effective_rank(double* gram, int n) {
+    double sum = 0, entropy = 0;
+    eigenvalues(gram, n);
+    for (int i = 0; i < n; i++) sum += sqrt(fmax(gram[i * n + i], 0));
+    for (int i = 0; i < n; i++) {
+        double p = sqrt(fmax(gram[i * n + i], 0)) / sum;
+        if (p > 0) entropy -= p * log(p);
+    }
+    return exp(entropy);
+}
+
+// Means over the rows of state (rows, n, C)
+static void stream_statistics(StreamStats* s, const real* state, int rows, int n, int C) {
+    memset(s, 0, sizeof *s);
+    for (int r = 0; r < rows; r++) {
+        double gram[MAX_N * MAX_N], trace = 0, cosine = 0;
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < n; j++) gram[i * n + j] = (double)dot(row_of(state, r * n + i, C), row_of(state, r * n + j, C), C);
+        for (int i = 0; i < n; i++) trace += gram[i * n + i];
+        for (int i = 0; i < n; i++) {
+            s->share[i] += gram[i * n + i] / trace / rows;
+            for (int j = 0; j < i; j++) cosine += gram[i * n + j] / sqrt(gram[i * n + i] * gram[j * n + j]);
+        }
+        s->cosine += (n > 1 ? cosine / (n * (n - 1) / 2) : 1) / rows;
+        s->rank += effective_rank(gram, n) / rows;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// The model, forward and backward
 
 // a->ln (rows, C) from tokens (B, T), for rows from row0 on
 static void model_forward(const Model* m, Activations* a, const int32_t* tokens, int B, int T, int row0) {
@@ -1344,3 +1449,633 @@ static double forward_backward(Model* m, Activations* a, const int32_t* tokens, 
     model_backward(m, a, tokens, B, T);
     return mean_loss(a, B * T);
 }
+
+// ------------------------------------------------------------------------------------------------
+// Optimiser: AdamW, clipping, learning rate
+
+// Learning rate of update s = 0, 1, ..
+static double learning_rate(const Options* o, long s) {
+    double p = s < o->warmup || o->steps <= o->warmup ? 0 : (double)(s - o->warmup) / (double)(o->steps - o->warmup);
+    double least = o->min_lr_frac, done = (double)s / (double)o->steps;
+    if (s < o->warmup) return o->lr * (double)(s + 1) / (double)o->warmup;
+    switch (o->schedule) {
+        case SCHEDULE_COSINE: return o->lr * (least + (1 - least) * 0.5 * (1 + cos(3.141592653589793 * fmin(p, 1))));
+        case SCHEDULE_LINEAR: return o->lr * (1 - (1 - least) * fmin(p, 1));
+        case SCHEDULE_WSD: return o->lr * (done < 0.8 ? 1 : 1 - (1 - least) * fmin((done - 0.8) / 0.2, 1));
+        case SCHEDULE_STEP: return o->lr * (done < 0.8 ? 1 : done < 0.9 ? 0.316 : 0.1);
+        default: return o->lr;
+    }
+}
+
+// In double, in pieces of a fixed size that are added in order: the same sum for any number of threads.
+static double square_sum(const real* numbers, size_t count) {
+    enum { PIECE = 1 << 14, PIECES = 256 };
+    double total = 0;
+    for (size_t first = 0; first < count; first += (size_t)PIECE * PIECES) {
+        double sums[PIECES] = {0};
+#pragma omp parallel for schedule(static)
+        for (int p = 0; p < PIECES; p++) {
+            size_t start = first + (size_t)p * PIECE, end = start + PIECE < count ? start + PIECE : count;
+            double sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (size_t i = start; i < end; i++) sum += (double)numbers[i] * (double)numbers[i];
+            sums[p] = sum;
+        }
+        for (int p = 0; p < PIECES; p++) total += sums[p];
+    }
+    return total;
+}
+
+// Norm of all gradients, per tensor and in table order, so that it is the same however a model is divided
+static double gradient_norm(const Model* m) {
+    double sum = 0;
+    for (int i = 0; i < m->tensor_count; i++) sum += square_sum(m->grads + m->tensors[i].first, tensor_size(&m->tensors[i]));
+    return sqrt(sum);
+}
+
+typedef struct { double lr, beta1, beta2, eps, decay, clip; long step; } Update;      // step: 1, 2, .. ; clip multiplies gradients
+
+// AdamW on one tensor (decoupled decay, bias correction)
+static void adamw_tensor(Model* m, const Tensor* t, const Update* u) {
+    real *p = m->params + t->first, *am = m->adam_m + t->first, *av = m->adam_v + t->first;
+    const real* g = m->grads + t->first;
+    real b1 = (real)u->beta1, b2 = (real)u->beta2, eps = (real)u->eps, clip = (real)u->clip;
+    real rate = (real)(u->lr / (1 - pow(u->beta1, (double)u->step)));
+    real root = (real)(1 / sqrt(1 - pow(u->beta2, (double)u->step)));
+    real keep = (real)(1 - (t->spec->decayed ? u->lr * u->decay : 0));
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < tensor_size(t); i++) {
+        real d = g[i] * clip;
+        am[i] = b1 * am[i] + (1 - b1) * d;
+        av[i] = b2 * av[i] + (1 - b2) * d * d;
+        p[i] = p[i] * keep - rate * am[i] / ((real)sqrt((double)av[i]) * root + eps);
+    }
+}
+
+static void adamw(Model* m, const Options* o, double lr, double norm, long step) {
+    Update u = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, 1, step};
+    if (o->grad_clip > 0) u.clip = fmin(1, o->grad_clip / (norm + 1e-6));
+    for (int i = 0; i < m->tensor_count; i++) adamw_tensor(m, &m->tensors[i], &u);
+}
+
+// The first tensor with a number that is not finite, or NULL
+static const Tensor* first_nonfinite(const Model* m, const real* numbers) {
+    for (int i = 0; i < m->tensor_count; i++)
+        for (size_t e = 0; e < tensor_size(&m->tensors[i]); e++)
+            if (!isfinite((double)numbers[m->tensors[i].first + e])) return &m->tensors[i];
+    return NULL;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Speed: floating-point operations of a step, and the most this machine can do
+
+// Per token, forward and backward: 6 for each weight a token meets, attention, and what connections read, write and mix.
+static double flops_per_token(const Model* m, int T) {
+    const Config* c = &m->c;
+    double n = c->n, connections = has_connections(c) ? 6 * (n * n + 2 * n) * c->C * 2 * c->L : 0;
+    return 6 * ((double)m->size - (double)c->T * c->C) + 12.0 * c->L * c->C * T + connections;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+#ifdef __GNUC__
+// FLOP/s of multiply-adds on registers, all threads: the dense peak that MFU refers to. 0.05 s.
+static double measure_peak(void) {
+    enum { CHAINS = 12, ROUNDS = 100000 };
+    double best = 0, sink = 0;
+    for (int attempt = 0; attempt < 5; attempt++) {
+        double start = seconds();
+#pragma omp parallel reduction(+ : sink)
+        {
+            Vector sum[CHAINS], factor = {0};
+            memset(sum, 0, sizeof sum);
+            for (int r = 0; r < ROUNDS; r++)
+#pragma GCC unroll 12
+                for (int i = 0; i < CHAINS; i++) sum[i] = sum[i] * factor + factor;
+            for (int i = 0; i < CHAINS; i++) sink += (double)sum[i][0];
+        }
+        double rate = 2.0 * VECTOR_LEN * CHAINS * ROUNDS * thread_count() / (seconds() - start);
+        if (sink == 0 && rate > best) best = rate;
+    }
+    return best;
+}
+#else
+static double measure_peak(void) { return 0; }
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// A run: options, model, data, and where it stands
+
+enum { CORPUS_BYTES = 8 << 20, MAX_SKIPPED = 10, FORMAT_VERSION = 1 };
+
+#ifndef GIT_HASH
+#define GIT_HASH "unknown"
+#endif
+#define PROGRAM_VERSION "0.1.0"
+
+typedef struct {
+    Options o;
+    OptionsGiven given;
+    Config c;
+    Model model;
+    Activations acts, infer;    // infer: one sequence, forward only, for generated text
+    Arena arena;
+    bool training;              // memory for gradients and moments is there
+    Bpe bpe;
+    bool has_bpe, has_val;
+    Tokens train, val;
+    char* corpus;               // the built-in text and its information per byte, if that is what is trained on
+    float* nats;
+    int32_t *tokens, *targets;  // (B, T) of the current micro-batch
+    long step;                  // finished updates
+    uint64_t tokens_seen;
+    double peak;                // FLOP/s
+    Spikes spikes;
+    int skipped;                // updates in a row
+    RunLog log;
+} Run;
+
+static Config config_of(const Options* o) {
+    Config c = {(int)o->layers, (int)o->width, (int)o->heads, (int)o->seq, (int)o->vocab, o->residual,
+                has_streams(o->residual) ? (int)o->streams : 1, (int)o->sinkhorn_iters, o->sinkhorn_order,
+                o->hc_maps, o->hc_static, o->hc_gap};
+    return c;
+}
+
+// --- data
+
+// The built-in corpus; its last tenth is validation, like any text's.
+static void open_corpus(Run* run) {
+    run->corpus = (char*)allocate(CORPUS_BYTES, 1);
+    run->nats = (float*)allocate(CORPUS_BYTES, sizeof(float));
+    corpus_generate(run->corpus, run->nats, CORPUS_BYTES, (uint64_t)run->o.seed);
+    tokens_from_memory(&run->train, &run->val, (const uint8_t*)run->corpus, CORPUS_BYTES);
+    run->has_val = true;
+}
+
+static bool open_shards_or_text(Run* run, Error* e) {
+    const Options* o = &run->o;
+    const Bpe* bpe = run->has_bpe ? &run->bpe : NULL;
+    Tokens unused;
+    memset(&unused, 0, sizeof unused);
+    if (tokens_are_shards(o->data)) {
+        if (!tokens_open_shards(&run->train, o->data, e)) return false;
+    } else {
+        if (!tokens_open_text(&run->train, &run->val, o->data, bpe, e)) return false;
+        run->has_val = true;
+    }
+    if (!o->val_data[0]) return true;
+    if (run->has_val) tokens_close(&run->val);
+    run->has_val = true;
+    if (tokens_are_shards(o->val_data)) return tokens_open_shards(&run->val, o->val_data, e);
+    return tokens_open_whole_text(&run->val, o->val_data, bpe, e);
+}
+
+static bool open_data(Run* run, Error* e) {
+    Options* o = &run->o;
+    if (o->tokenizer[0] && !bpe_open(&run->bpe, o->tokenizer, e)) return false;
+    run->has_bpe = o->tokenizer[0] != 0;
+    if (!o->data[0] && o->val_data[0]) return fail(e, "--val-data: found without --data, expected both, name the training data too");
+    if (!o->data[0]) open_corpus(run);
+    else if (!open_shards_or_text(run, e)) return false;
+    if (!o->vocab) o->vocab = tokens_default_vocab(&run->train);
+    if (!tokens_check(&run->train, (int)o->seq, e)) return false;
+    return !run->has_val || tokens_check(&run->val, (int)o->seq, e);
+}
+
+// The micro-batch of an update: a function of the seed and of the sequence's number, so no loader needs a state
+static bool training_batch(Run* run, long step, long micro, Error* e) {
+    const Options* o = &run->o;
+    for (long row = 0; row < o->batch; row++) {
+        uint64_t g = ((uint64_t)step * (uint64_t)o->micro_batches + (uint64_t)micro) * (uint64_t)o->batch + (uint64_t)row;
+        if (!tokens_train_window(&run->train, (uint64_t)o->seed, g, run->c.T, run->c.V, run->tokens + row * o->seq,
+                                 run->targets + row * o->seq, e))
+            return false;
+    }
+    return true;
+}
+
+// --- validation and gains
+
+// Windows a validation looks at
+static uint64_t validation_windows(const Run* run) {
+    uint64_t wanted = (uint64_t)run->o.val_batches * (uint64_t)run->o.batch, there = tokens_val_windows(&run->val, run->c.T);
+    return wanted < there ? wanted : there;
+}
+
+static bool validation_loss(Run* run, double* loss, Error* e) {
+    uint64_t windows = validation_windows(run);
+    int T = run->c.T;
+    double sum = 0;
+    for (uint64_t w = 0; w < windows;) {
+        int B = 0;
+        for (; B < run->o.batch && w < windows; B++, w++)
+            if (!tokens_val_window(&run->val, w, T, run->c.V, run->tokens + B * T, run->targets + B * T, e)) return false;
+        model_forward(&run->model, &run->acts, run->tokens, B, T, 0);
+        head(&run->model, &run->acts, run->targets, B * T, 0);
+        sum += mean_loss(&run->acts, B * T) * B;
+    }
+    *loss = sum / (double)windows;
+    return true;
+}
+
+// Nats per byte that even a perfect model needs for the targets of the validation: known for the built-in corpus alone
+static double validation_entropy(const Run* run) {
+    uint64_t bytes = validation_windows(run) * (uint64_t)run->c.T;
+    const float* nats = run->nats + tokens_count(&run->train) + 1;
+    double sum = 0;
+    for (uint64_t i = 0; i < bytes; i++) sum += (double)nats[i];
+    return sum / (double)bytes;
+}
+
+// --- generated text
+
+// One token from logits (V) at a temperature, among the k likeliest (0: all). draw is uniform in [0, 1).
+static int sample_token(const real* logits, int V, double temperature, long k, double draw) {
+    int best = 0;
+    for (int v = 1; v < V; v++)
+        if (logits[v] > logits[best]) best = v;
+    if (temperature <= 0) return best;
+    double least = -INFINITY, sum = 0;
+    if (k > 0 && k < V) {                       // the k-th largest, by counting down from the largest
+        double bound = INFINITY;
+        for (long taken = 0; taken < k;) {
+            least = -INFINITY;
+            for (int v = 0; v < V; v++)
+                if ((double)logits[v] < bound && (double)logits[v] > least) least = (double)logits[v];
+            for (int v = 0; v < V; v++) taken += (double)logits[v] == least;
+            bound = least;
+        }
+    }
+    for (int v = 0; v < V; v++)
+        if ((double)logits[v] >= least) sum += exp(((double)logits[v] - (double)logits[best]) / temperature);
+    draw *= sum;
+    for (int v = 0; v < V; v++) {
+        if ((double)logits[v] < least) continue;
+        draw -= exp(((double)logits[v] - (double)logits[best]) / temperature);
+        if (draw < 0) return v;
+    }
+    return best;
+}
+
+// Appends the bytes of a token to text; returns the new length
+static size_t append_token(const Run* run, char* text, size_t length, size_t size, int token) {
+    int count = 1;
+    uint8_t byte = (uint8_t)token;
+    const uint8_t* bytes = run->has_bpe ? bpe_bytes(&run->bpe, token, &count) : &byte;
+    for (int i = 0; i < count && length + 1 < size; i++) text[length++] = (char)bytes[i];
+    text[length] = 0;
+    return length;
+}
+
+// Continues the prompt by `count` tokens. Only new positions are computed, the others' keys and values are there; when
+// the context is full, its later half becomes the new beginning (positions are learned, so it must be computed anew).
+static void generate(Run* run, const int32_t* prompt, int prompt_count, long count, void (*emit)(Run*, int token)) {
+    int T = run->c.T, known = 0, length = prompt_count < T ? prompt_count : T;
+    int32_t* context = (int32_t*)allocate((size_t)T, sizeof(int32_t));
+    real* logits = (real*)allocate((size_t)run->c.V, sizeof(real));
+    memcpy(context, prompt + prompt_count - length, sizeof(int32_t) * (size_t)length);
+    for (long i = 0; i < count; i++) {
+        double draw = (double)(hash64((uint64_t)run->o.seed ^ 0x73616d706c65u, (uint64_t)run->step * 1000003u + (uint64_t)i) >> 11) / 9007199254740992.0;
+        model_forward(&run->model, &run->infer, context, 1, length, known);
+        head_logits(&run->model, &run->infer, logits, length - 1, 1);
+        known = length;
+        if (length == T) {
+            memmove(context, context + T / 2, sizeof(int32_t) * (size_t)(T - T / 2));
+            length = T - T / 2;
+            known = 0;
+        }
+        int token = sample_token(logits, run->c.V, run->o.temperature, run->o.top_k, draw);
+        emit(run, token);
+        if (T == 1) length = 0;
+        context[length++] = token;
+    }
+    free(context);
+    free(logits);
+}
+
+typedef enum { VERDICT_APPLY, VERDICT_SKIP, VERDICT_STOP } Verdict;
+
+typedef struct {                // what one update saw
+    double loss, z, norm, lr, seconds;
+    Verdict verdict;
+    char culprit[MAX_NAME + 64];        // what is not finite or why the run stops
+} StepReport;
+
+// ------------------------------------------------------------------------------------------------
+// What surrounds a run, in files of their own
+
+#include "host/checkpoint.h"
+#include "host/report.h"
+
+// ------------------------------------------------------------------------------------------------
+// Training
+
+static volatile sig_atomic_t stop_requested;
+static void request_stop(int signal_number) {
+    (void)signal_number;
+    if (stop_requested) _exit(STATUS_DONE);     // the second one ends at once
+    stop_requested = 1;
+}
+
+static void catch_signals(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = request_stop;
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGUSR1, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN);                   // a file that grows too large is a failed write, not the end
+    signal(SIGPIPE, SIG_IGN);
+}
+
+// What becomes of an update. What is not finite is never applied; the first such tensor in table order is named.
+static Verdict judge(const Run* run, StepReport* r) {
+    const Tensor* t;
+    int policy = run->o.on_spike;
+    if (!isfinite(r->loss) || !isfinite(r->norm)) {
+        if ((t = first_nonfinite(&run->model, run->model.params))) snprintf(r->culprit, sizeof r->culprit, "weight %s is not finite", t->name);
+        else if ((t = first_nonfinite(&run->model, run->model.grads))) snprintf(r->culprit, sizeof r->culprit, "the gradient of %s is not finite", t->name);
+        else snprintf(r->culprit, sizeof r->culprit, "the loss is not finite");
+        bool weights = !strncmp(r->culprit, "weight", 6);
+        return policy == SPIKE_SKIP && !weights && run->skipped + 1 < MAX_SKIPPED ? VERDICT_SKIP : VERDICT_STOP;
+    }
+    if (!(r->z > SPIKE_LIMIT) || policy == SPIKE_IGNORE) return VERDICT_APPLY;
+    snprintf(r->culprit, sizeof r->culprit, "the loss is %.1f deviations above the last ones", r->z);
+    return policy == SPIKE_SKIP && run->skipped + 1 < MAX_SKIPPED ? VERDICT_SKIP : VERDICT_STOP;
+}
+
+// Gradients of update `step` over its micro-batches; false if the data cannot be read.
+static bool accumulate_gradients(Run* run, double* loss, Error* e) {
+    *loss = 0;
+    zero_gradients(&run->model);
+    for (long micro = 0; micro < run->o.micro_batches; micro++) {
+        if (!training_batch(run, run->step, micro, e)) return false;
+        *loss += forward_backward(&run->model, &run->acts, run->tokens, run->targets, (int)run->o.batch, run->c.T,
+                                  (int)run->o.micro_batches) / (double)run->o.micro_batches;
+    }
+    add_head_gradient(&run->model);
+    return true;
+}
+
+// After the gradients: judge, apply or drop, remember. A dropped update still is a step: its data is past.
+static void finish_step(Run* run, StepReport* r) {
+    r->norm = gradient_norm(&run->model);
+    r->z = spikes_score(&run->spikes, r->loss);
+    r->lr = learning_rate(&run->o, run->step);
+    r->culprit[0] = 0;
+    r->verdict = judge(run, r);
+    if (r->verdict == VERDICT_STOP) return;
+    if (r->verdict == VERDICT_APPLY) {
+        adamw(&run->model, &run->o, r->lr, r->norm, run->step + 1);
+        spikes_accept(&run->spikes, r->loss);
+    }
+    run->skipped = r->verdict == VERDICT_SKIP ? run->skipped + 1 : 0;
+    run->step++;
+    run->tokens_seen += (uint64_t)run->o.micro_batches * (uint64_t)run->o.batch * (uint64_t)run->o.seq;
+}
+
+static bool train_step(Run* run, StepReport* r, Error* e) {
+    double start = seconds();
+    if (!accumulate_gradients(run, &r->loss, e)) return false;
+    finish_step(run, r);
+    r->seconds = seconds() - start;
+    return true;
+}
+
+static bool every(long period, long step) { return period > 0 && step % period == 0; }
+
+// What is due after a step. False only if the data cannot be read; a save that fails now is tried again later.
+static bool after_step(Run* run, const StepReport* r, double mean_seconds, Error* e) {
+    const Options* o = &run->o;
+    Gain gain;
+    bool last = run->step == o->steps, gains = every(o->gain_every, run->step) || (o->gain_every && last);
+    if (gains && !measure_gains(run, &gain, e)) return false;
+    report_step(run, r, gains ? &gain : NULL, mean_seconds);
+    if ((every(o->val_every, run->step) || last) && !report_validation(run, e)) return false;
+    if (every(o->sample_every, run->step) || last) report_sample(run);
+    Error save;
+    if (every(o->save_every, run->step) && !last && !save_checkpoint(run, &save))
+        fprintf(stderr, "warning: %s; the next save tries again\n", save.text);
+    return true;
+}
+
+static int train(Run* run, int argc, char** argv) {
+    Error e;
+    StepReport r;
+    double mean_seconds = 0;
+    catch_signals();
+    if (run->step >= run->o.steps) printf("nothing to do: step %ld of %ld is done\n", run->step, run->o.steps);
+    while (run->step < run->o.steps) {
+        if (!train_step(run, &r, &e)) break;
+        mean_seconds = mean_seconds > 0 ? 0.95 * mean_seconds + 0.05 * r.seconds : r.seconds;
+        if (r.verdict == VERDICT_STOP) {
+            report_step(run, &r, NULL, mean_seconds);
+            fprintf(stderr, "stopped at step %ld: %s; the update was not applied and nothing was saved\n", run->step + 1, r.culprit);
+            return stop_run(run, r.culprit, STATUS_NONFINITE);
+        }
+        if (!after_step(run, &r, mean_seconds, &e)) break;
+        if (stop_requested && run->step < run->o.steps) return stop_on_signal(run, argc, argv);
+    }
+    if (run->step < run->o.steps) {             // the data cannot be read any further: keep what has been learnt
+        fprintf(stderr, "%s\n", e.text);
+        return save_and_stop(run, e.text, STATUS_USAGE);
+    }
+    int status = save_and_stop(run, "done", STATUS_DONE);
+    if (status == STATUS_DONE) printf("done: %s/run.jsonl, %s/step_%08ld.safetensors\n", run->o.out, run->o.out, run->step);
+    return status;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Starting: where weights come from, how much memory it takes
+
+static int recompute_block(const Run* run) {
+    long block = run->o.recompute == RECOMPUTE_AUTO ? automatic_block(&run->c) : run->o.recompute;
+    return block < 1 ? 1 : block < 2 * run->c.L ? (int)block : 2 * run->c.L;
+}
+
+static void layout_run(Run* run, Arena* arena) {
+    int B = (int)run->o.batch, T = run->c.T;
+    model_memory(&run->model, arena, run->training);
+    activations_layout(&run->acts, arena, &run->c, B, T, recompute_block(run), run->training);
+    activations_layout(&run->infer, arena, &run->c, 1, T, 1, false);
+    run->tokens = (int32_t*)plan_carve(arena, "data", (size_t)B * (size_t)T, sizeof(int32_t));
+    run->targets = (int32_t*)plan_carve(arena, "data", (size_t)B * (size_t)T, sizeof(int32_t));
+    plan_add(arena, "data", tokens_resident_bytes(&run->train));
+    if (run->has_val) plan_add(arena, "data", tokens_resident_bytes(&run->val));
+    if (run->corpus) plan_add(arena, "data", CORPUS_BYTES * sizeof(float));
+    plan_add(arena, "program and panels of matrices", ((size_t)3 + (size_t)thread_count()) << 20);
+}
+
+static void print_model(const Run* run) {
+    char text[OPTION_SIZE];
+    options_value(&run->o, options_find("residual"), text, sizeof text);
+    printf("model: %d blocks, width %d, %d heads, context %d, vocabulary %d, residual %s", run->c.L, run->c.C, run->c.NH,
+           run->c.T, run->c.V, text);
+    if (has_connections(&run->c)) printf(" with %d streams", run->c.n);
+    printf(", %.3f M parameters\n", (double)run->model.size / 1e6);
+    printf("step:  %ld x %ld sequences of %d tokens, %.2f GFLOP; %s, %d thread%s", run->o.micro_batches, run->o.batch, run->c.T,
+           flops_per_token(&run->model, run->c.T) * (double)(run->o.micro_batches * run->o.batch * run->c.T) / 1e9, cpu_name(),
+           thread_count(), thread_count() > 1 ? "s" : "");
+    if (run->peak > 0) printf(", measured peak %.0f GFLOP/s", run->peak / 1e9);
+    printf("\n");
+}
+
+// Everything that is large, once it is known to fit.
+static bool allocate_run(Run* run, Error* e) {
+    model_layout(&run->model, &run->c);
+    activations_open(&run->acts, &run->c);
+    activations_open(&run->infer, &run->c);
+    layout_run(run, &run->arena);
+    if (run->o.plan) return true;
+    if (!plan_check(&run->arena, "reduce --batch, --seq or --layers, or try --recompute auto", e)) return false;
+    plan_open(&run->arena);
+    layout_run(run, &run->arena);
+    model_initialise(&run->model, (uint64_t)run->o.seed);
+    return true;
+}
+
+// The file that weights come from: a checkpoint to go on from, --init-from, or for --eval and --generate the newest in --out.
+// False: none is needed, or an error if e is not empty.
+static bool open_source(Run* run, SafeFile* f, Error* e) {
+    const Options* o = &run->o;
+    bool needed = o->eval || o->generate[0];
+    e->text[0] = 0;
+    if (o->resume || (needed && !o->init_from[0])) {
+        if (open_newest(f, o->out, e)) return true;
+        if (!e->text[0] && needed) fail(e, "%s: found no checkpoint, expected one, train first or name a file with --init-from", o->out);
+        else if (!e->text[0]) printf("no checkpoint in %s: starting at step 0\n", o->out);
+        return false;
+    }
+    return o->init_from[0] && safetensors_open(f, o->init_from, e);
+}
+
+// Vocabulary of a file of weights without our metadata: the rows of wte.
+static void vocabulary_of(Run* run, const SafeFile* f) {
+    const SafeTensor* wte = find_weight(f, "wte.weight");
+    if (!run->o.vocab && wte && wte->rank == 2 && wte->shape[0] <= INT32_MAX) run->o.vocab = (long)wte->shape[0];
+}
+
+static bool check_options(const Run* run, Error* e) {
+    if (!options_check(&run->o, e)) return false;
+    if (run->o.recompute > 2 * run->o.layers)
+        return fail(e, "--recompute: found %ld, expected at most the number of sublayers, %ld", run->o.recompute, 2 * run->o.layers);
+    return true;
+}
+
+// A directory of its own for a run that trains. Without --resume one that has checkpoints is not touched.
+static bool prepare_directory(Run* run, Error* e) {
+    const Options* o = &run->o;
+    if (!rundir_open(o->out, e)) return false;
+    if (o->resume) return true;
+    Checkpoints found = rundir_list(o->out);
+    free(found.steps);
+    if (found.count && !o->overwrite)
+        return fail(e, "%s: found %d checkpoints of an earlier run, expected none, go on with --resume, or start anew with --overwrite", o->out, found.count);
+    rundir_clear(o->out);
+    return true;
+}
+
+static bool open_run(Run* run, Error* e) {
+    SafeFile f;
+    Options* o = &run->o;
+    bool trains = !o->eval && !o->generate[0] && !o->dump[0] && !o->plan;
+    memset(&f, 0, sizeof f);
+    run->training = !o->eval && !o->generate[0];
+    if (!check_options(run, e) || (trains && !prepare_directory(run, e))) return false;
+    bool from_file = open_source(run, &f, e);
+    if (!from_file && e->text[0]) return false;
+    bool resume = from_file && o->resume;
+    if (from_file && !restore_options(run, &f, resume, e)) return false;
+    if (from_file) vocabulary_of(run, &f);
+    if (!check_options(run, e) || !open_data(run, e) || !check_options(run, e)) return false;
+    run->c = config_of(o);
+    if (!allocate_run(run, e)) return false;
+    if (from_file && !o->plan) {
+        if (!load_weights(&run->model, &f, e)) return false;
+        if (resume && (!load_moments(&run->model, &f, e) || !restore_position(run, &f, e))) return false;
+    }
+    if (from_file) safetensors_close(&f);
+    return true;
+}
+
+static int run_training(Run* run, int argc, char** argv) {
+    Error e;
+    char path[RUNDIR_PATH];
+    snprintf(path, sizeof path, "%s/run.jsonl", run->o.out);
+    if (!runlog_open(&run->log, path, run->o.resume ? run->step : -1, &e)) die("%s", e.text);
+    run->peak = measure_peak();
+    print_model(run);
+    plan_print(stdout, &run->arena);
+    if (!run->has_val) printf("no validation: the shards of --data are all trained on, name others with --val-data\n");
+    log_run(run);
+    return train(run, argc, argv);
+}
+
+static void emit_text(Run* run, int token) {
+    int count = 1;
+    uint8_t byte = (uint8_t)token;
+    fwrite(run->has_bpe ? bpe_bytes(&run->bpe, token, &count) : &byte, 1, (size_t)count, stdout);
+    fflush(stdout);
+}
+
+static int run_generation(Run* run) {
+    size_t bytes = strlen(run->o.generate);
+    int32_t* prompt = (int32_t*)allocate(bytes, sizeof(int32_t));
+    if (!can_print(run)) die("--generate: found a model of token numbers, expected text, name its vocabulary with --tokenizer");
+    int count = (int)bytes;
+    if (run->has_bpe) count = (int)bpe_encode(&run->bpe, (const uint8_t*)run->o.generate, bytes, prompt);
+    else
+        for (size_t i = 0; i < bytes; i++) prompt[i] = (unsigned char)run->o.generate[i];
+    for (int i = 0; i < count; i++)
+        if (prompt[i] >= run->c.V) die("--generate: found token %d, expected less than the vocabulary, %d", prompt[i], run->c.V);
+    fputs(run->o.generate, stdout);
+    generate(run, prompt, count, run->o.tokens, emit_text);
+    putchar('\n');
+    free(prompt);
+    return ferror(stdout) ? STATUS_SAVE_FAILED : STATUS_DONE;
+}
+
+static int run_mode(Run* run, int argc, char** argv) {
+    Error e;
+    double loss;
+    if (run->o.plan) {
+        print_model(run);
+        plan_print(stdout, &run->arena);
+        return STATUS_DONE;
+    }
+    if (run->o.generate[0]) return run_generation(run);
+    if (run->o.dump[0]) {
+        if (dump(run, &e)) return STATUS_DONE;
+        fprintf(stderr, "%s\n", e.text);
+        return STATUS_SAVE_FAILED;
+    }
+    if (!run->o.eval) return run_training(run, argc, argv);
+    if (!run->has_val) die("--eval: found no validation data, expected some, name it with --val-data");
+    if (!validation_loss(run, &loss, &e)) die("%s", e.text);
+    printf("val loss %.6f\n", loss);
+    return STATUS_DONE;
+}
+
+#ifndef TESTING
+int main(int argc, char** argv) {
+    static Run run;
+    Error e;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    if (!options_parse(&run.o, &run.given, argc, argv, &e)) die("%s", e.text);
+    if (run.o.help) {
+        options_help(stdout, "train_gpt_mhc");
+        return STATUS_DONE;
+    }
+    if (run.o.version) {
+        printf("train_gpt_mhc %s (%s)\n", PROGRAM_VERSION, GIT_HASH);
+        return STATUS_DONE;
+    }
+    if (!open_run(&run, &e)) die("%s", e.text);
+    return run_mode(&run, argc, argv);
+}
+#endif

@@ -96,7 +96,7 @@ static const OptionRow option_rows[] = {
     ROW(MODEL, COUNT, "vocab", vocab, "0", "0 to 10000000", "tokens in the vocabulary; 0: as the data has"),
     ROW(MODEL, CHOICE, "residual", residual, "mhc", "none|plain|hc|mhc|ihc", "connection around a sublayer"),
     ROW(MODEL, COUNT, "streams", streams, "4", "1 to 8", "parallel residual streams"),
-    ROW(MODEL, COUNT, "sinkhorn-iters", sinkhorn_iters, "20", "0 to 100", "Sinkhorn-Knopp iterations"),
+    ROW(MODEL, COUNT, "sinkhorn-iters", sinkhorn_iters, "20", "1 to 100", "Sinkhorn-Knopp iterations"),
     ROW(MODEL, CHOICE, "sinkhorn-order", sinkhorn_order, "cr", "cr|rc|c|r|none",
         "what an iteration normalises: columns, rows"),
     ROW(MODEL, MAPS, "hc-maps", hc_maps, "pre,post,res", "pre|post|res",

@@ -14,7 +14,7 @@ typedef struct { double losses[SPIKE_WINDOW]; long count; } Spikes;     // a rin
 
 // z-score of a loss; 0 while too few are known. Summed anew each time: running sums would remember a spike that has left.
 static inline double spikes_score(const Spikes* s, double loss) {
-    int known = (int)(s->count < SPIKE_WINDOW ? s->count : SPIKE_WINDOW);
+    int known = s->count < SPIKE_WINDOW ? (int)s->count : (int)SPIKE_WINDOW;
     double mean = 0, variance = 0;
     if (known < SPIKE_LEAST) return 0;
     for (int i = 0; i < known; i++) mean += s->losses[i] / known;

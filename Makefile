@@ -1,0 +1,76 @@
+# mhc.c. `make` says what can be made; nothing beyond a C compiler is needed to build and train.
+
+ifeq ($(origin CC), default)
+CC := $(shell command -v gcc || command -v clang || echo cc)
+endif
+PYTHON ?= /usr/bin/python3
+DIR ?= out
+ARGS ?=
+
+# A flag is used where a program built with it links, never because a package has a name.
+works = $(shell printf 'int main(void) { return 0; }\n' > .probe.c; $(CC) -x c .probe.c $(1) -o .probe -lm 2> /dev/null && echo $(1); rm -f .probe .probe.c)
+ifeq ($(filter clean help,$(or $(MAKECMDGOALS),help)),)
+OPENMP ?= $(or $(call works,-fopenmp),$(call works,-fopenmp-simd))
+NATIVE ?= $(call works,-march=native)
+endif
+
+WARNINGS = -Wall -Wextra -Werror
+# No -ffast-math: NaN must stay NaN, and sums are reordered only where a pragma says so.
+CFLAGS = -std=c11 -O3 $(NATIVE) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(OPENMP) $(WARNINGS) -D_GNU_SOURCE
+GIT_HASH := $(shell git describe --always --dirty 2> /dev/null || echo unknown)
+SOURCES = $(wildcard host/*.h data/*.h)
+
+help:
+	@sh dev/help.sh "$(CC)"
+
+train_gpt_mhc: train_gpt_mhc.c $(SOURCES) Makefile
+	$(CC) $(CFLAGS) -DGIT_HASH='"$(GIT_HASH)"' $< -o $@ -lm
+
+train train-cpu: train_gpt_mhc
+	./train_gpt_mhc --out $(DIR) --overwrite $(ARGS)
+
+# --- checks
+
+HEADER_TESTS = $(patsubst %.c,build/%,$(notdir $(wildcard host/test_*.c data/test_*.c)))
+TESTS = build/test_double build/test_float $(HEADER_TESTS)
+
+build:
+	mkdir -p build
+
+build/test_float: test_gpt_mhc.c train_gpt_mhc.c $(SOURCES) | build
+	$(CC) $(CFLAGS) $< -o $@ -lm
+
+build/test_double: test_gpt_mhc.c train_gpt_mhc.c $(SOURCES) | build
+	$(CC) $(CFLAGS) -DREAL=double $< -o $@ -lm
+
+build/test_%: host/test_%.c $(SOURCES) | build
+	$(CC) $(CFLAGS) $< -o $@ -lm
+
+build/test_%: data/test_%.c $(SOURCES) | build
+	$(CC) $(CFLAGS) $< -o $@ -lm
+
+test: train_gpt_mhc $(TESTS)
+	PYTHON=$(PYTHON) sh dev/test.sh $(TESTS)
+
+deps:
+	sh dev/deps.sh
+
+bench: build/bench
+	./build/bench $(ARGS)
+
+build/bench: dev/bench.c train_gpt_mhc.c $(SOURCES) | build
+	$(CC) $(CFLAGS) $< -o $@ -lm
+
+fuzz:
+	sh dev/fuzz.sh $(ARGS)
+
+mutate:
+	$(PYTHON) dev/mutate.py $(ARGS)
+
+figures: train_gpt_mhc
+	sh scripts/fig_gain.sh
+
+clean:
+	rm -rf build train_gpt_mhc
+
+.PHONY: help train train-cpu test deps bench fuzz mutate figures clean
