@@ -1,22 +1,22 @@
 // corpus.h: the built-in training text, short stories whose information content is known exactly.
 //
-// A story is a walk through a small world: two children, their things, an animal with a riddle, places. Each step
-// picks an event that fits the state (who is where, who has what, what was asked or promised), tells it through a
-// template and changes the state. So later sentences depend on earlier ones, and a model that remembers predicts better.
+// A story is a walk through a small world: two children, their things, an animal with a riddle, places. Each
+// step picks an event that fits the state (who is where, who has what, what was asked or promised), tells it
+// through a template and changes the state. So a model that remembers predicts better.
 //
-// Every choice goes through corpus_choose, which books -ln p. No two ways of choosing give the same story (test_corpus.c
-// parses stories back and counts the ways), so the sum of the booked numbers is the text's information, and its mean is
-// the loss of a perfect model that sees the story from its beginning.
+// Every choice goes through corpus_choose, which books -ln p. No story can be written in two ways (the test
+// parses stories back and counts the ways), so the sum of what is booked is the text's information, and its
+// mean is the loss of a perfect model that sees each story from its beginning.
 //
-// Templates: [a|b|3c] is a choice, a leading digit its weight; $ and a letter is a slot, filled from the state:
-//   $x actor: name, or he/she where the actor was the last subject    $n actor's name    $h his, her    $m him, her
-//   $y $Y the other child, as object and as subject    $N its name    $c girl or boy    $k a character: "shy"
-//   $a a new thing, given to the actor: "an old key"    $t the thing: "the key" or "the old key"    $b "key"
-//   $v what the other has    $u what one does with the thing    $i $I a new spot, the thing's spot: "in the grass"
-//   $l $L a home for the actor: "on the hill", "the hill"    $p where the actor is    $q $Q where the thing lies
-//   $g a place to go to    $w ", where Ben was waiting" if so    $o the other's place    $e where the animal is
-//   $Z a new animal, $z the animal    $r its riddle, $A the answer, $B a wrong one    $d $D a new day, the day
-//   $j $J a number and a kind of animals, of food    $T "then " or so, $W "the next day " or so, $M "walked" or so, $S "said" or so, $H " softly" or so
+// Templates: [a|b|3c] is a choice, a leading digit its weight; $ and a letter is a slot, filled from state.
+//   children  $x actor: name, or he/she if the last subject was the actor too   $n name   $c girl or boy
+//             $h his, her   $y $Y the other child as object, as subject   $N its name
+//   things    $a a new one, given to the actor: "an old key"   $t "the key" or "the old key"   $b "key"
+//             $u what one does with it   $v what the other has   $i $I a new spot, its spot: "in the grass"
+//   places    $l $L a home for the actor: "on the hill", "the hill"   $g one to go to   $w ", where Ben was"
+//             $p where the actor is   $q $Q where the thing lies   $o the other's   $e where the animal is
+//   the rest  $Z a new animal, $z the animal   $r its riddle, $A the answer, $B a wrong one
+//             $d $D a new day, the day   and the letters of corpus_phrases
 // The first letter of a sentence becomes a capital by itself.
 
 #ifndef DATA_CORPUS_H
@@ -44,8 +44,8 @@ static const struct { const char* at; const char* noun; } corpus_places[CORPUS_P
     {"on", "beach"}, {"in", "cave"}, {"at", "inn"}, {"in", "valley"}};
 
 static const char* const corpus_looks[CORPUS_LOOKS] = {
-    "red", "old", "little", "wooden", "silver", "blue", "golden", "heavy", "shiny", "yellow", "strange", "odd",
-    "green", "broken"};
+    "red", "old", "little", "wooden", "silver", "blue", "golden", "heavy", "shiny", "yellow", "strange",
+    "green", "broken", "odd"};
 
 static const struct { const char* noun; const char* use; } corpus_things[CORPUS_THINGS] = {
     {"kite", "[flew $t [over the trees|high in the wind]|let $t dance in the [wind|sky]]"},
@@ -71,7 +71,8 @@ static const char* const corpus_animals[CORPUS_ANIMALS] = {
 static const char* const corpus_spots[CORPUS_SPOTS] = {
     "under a stone", "behind a bush", "in the grass", "in a hole", "under a bench", "between two roots"};
 
-static const char* const corpus_days[CORPUS_DAYS] = {"on Sunday", "on Friday", "on Monday", "on Tuesday", "at noon"};
+static const char* const corpus_days[CORPUS_DAYS] = {
+    "on Sunday", "on Friday", "on Monday", "on Tuesday", "at noon"};
 
 static const struct { const char* question; const char* answer; } corpus_riddles[CORPUS_RIDDLES] = {
     {"What has teeth but cannot bite", "a comb"},
@@ -88,12 +89,14 @@ static const struct { const char* question; const char* answer; } corpus_riddles
 // Phrases that every story needs, and how they vary.
 static const struct { char slot; const char* text; } corpus_phrases[] = {
     {'k', "[clever|shy|brave|curious|cheerful|lazy|quiet|proud|merry|stubborn|tall|polite]"},
-    {'T', "[4|2then |soon |after a while |a little later |once more |suddenly |before long |this time |again ]"},
-    {'W', "[2|the next day |that afternoon |in the evening |early in the morning |a week later |after lunch |one night ]"},
+    {'T', "[4|2then |soon |after a while |a little later |once more |suddenly |before long |again ]"},
+    {'W', "[2|the next day |that afternoon |in the evening |early in the morning |later |after lunch ]"},
     {'M', "[walked|ran|2went|hurried|wandered|raced|marched|skipped|strolled|crept]"},
-    {'S', "[3said|cried|whispered|called|laughed|answered|sighed|mumbled|shouted|sang]"},
-    {'H', "[4| softly| with a smile| happily| slowly| at once| proudly| sadly| with a nod| in a low voice| quickly]"},
-    {'P', "[3|old |dark |quiet |windy |green |misty ]"},
+    {'S', "[3said|cried|whispered|called|laughed|murmured|sighed|mumbled|shouted|sang]"},
+    {'H', "[4| softly| with a smile| happily| slowly| at once| proudly| sadly| with a nod| quickly]"},
+    {'E', "[learned|knew now|saw|felt|never forgot|understood] that"},
+    {'P', "[3|cold |dark |quiet |windy |sunny |misty ]"},
+    {'!', "[2,|!]"},
     {'j', "[2two|three|four|some|many] [small|white|wild|loud|young|fat|black|brown]"},
     {'J', "[2two|three|four|some|many] [sweet|ripe|sour|big|fresh|warm|dry|cold]"}};
 
@@ -120,7 +123,7 @@ typedef struct CorpusWalk {
     char* text;                 // (capacity): what is beyond is told but not written
     float* nats;                // (capacity) or NULL
     size_t length, capacity;
-    int (*decide)(struct CorpusWalk*, const int* weights, int count, int total);    // draws, or parses in the test
+    int (*decide)(struct CorpusWalk*, const int* weights, int count, int total);    // draws, or parses
     uint64_t seed, counter;
     CorpusWorld world;
 } CorpusWalk;
@@ -136,6 +139,7 @@ static inline int corpus_choose(CorpusWalk* w, const int* weights, int count) {
     return chosen;
 }
 
+// The generator's decider.
 static inline int corpus_draw(CorpusWalk* w, const int* weights, int count, int total) {
     (void)count;
     int left = (int)(hash64(w->seed, w->counter++) % (uint64_t)total), k = 0;
@@ -150,6 +154,7 @@ static inline int corpus_pick(CorpusWalk* w, int first, int count, unsigned used
     return first + corpus_choose(w, weights, count);
 }
 
+// One byte of the story, a capital where a sentence starts.
 static inline void corpus_put(CorpusWalk* w, char c) {
     CorpusWorld* s = &w->world;
     if (s->sentence_starts) c = (char)toupper((unsigned char)c);
@@ -167,7 +172,9 @@ static inline void corpus_write(CorpusWalk* w, const char* text) {
 
 static inline void corpus_slot(CorpusWalk* w, char slot);
 
-// Fills the template from `text` to `end`. Choices nest.
+static inline bool corpus_weighted(const char* alternative) { return isdigit((unsigned char)*alternative); }
+
+// Writes the template from `text` to `end`. Choices nest.
 static inline void corpus_expand(CorpusWalk* w, const char* text, const char* end) {
     while (text < end) {
         if (*text == '$') {
@@ -182,13 +189,14 @@ static inline void corpus_expand(CorpusWalk* w, const char* text, const char* en
                 depth += (*text == '[') - (*text == ']');
             }
             starts[++count] = ++text;           // one past the end, as if another alternative began there
-            for (int k = 0; k < count; k++) weights[k] = isdigit((unsigned char)*starts[k]) ? *starts[k] - '0' : 1;
+            for (int k = 0; k < count; k++) weights[k] = corpus_weighted(starts[k]) ? *starts[k] - '0' : 1;
             int k = corpus_choose(w, weights, count);
-            corpus_expand(w, starts[k] + (isdigit((unsigned char)*starts[k]) != 0), starts[k + 1] - 1);
+            corpus_expand(w, starts[k] + corpus_weighted(starts[k]), starts[k + 1] - 1);
         } else corpus_put(w, *text++);
     }
 }
 
+// Gender and name are drawn where they first show, not earlier: there their information belongs.
 static inline const char* corpus_gender(CorpusWalk* w, int person) {
     const int even[2] = {1, 1};
     int* girl = &w->world.girl[person];
@@ -259,8 +267,11 @@ static inline int corpus_held(const CorpusWorld* s, int holder) {
     return -1;
 }
 
-static inline void corpus_template(CorpusWalk* w, const char* text) { corpus_expand(w, text, text + strlen(text)); }
+static inline void corpus_template(CorpusWalk* w, const char* text) {
+    corpus_expand(w, text, text + strlen(text));
+}
 
+// "the mill", or with its preposition "at the mill"; now and then with the weather there.
 static inline void corpus_place(CorpusWalk* w, bool at, int place) {
     if (at) corpus_write(w, corpus_places[place].at), corpus_put(w, ' ');
     corpus_template(w, "the $P");
@@ -274,6 +285,10 @@ static inline void corpus_phrase(CorpusWalk* w, char slot) {
     corpus_template(w, corpus_phrases[k].text);
 }
 
+static inline const char* corpus_wrong_answer(CorpusWalk* w) {
+    return corpus_riddles[corpus_pick(w, 0, CORPUS_RIDDLES, 1u << w->world.riddle)].answer;
+}
+
 static inline void corpus_slot(CorpusWalk* w, char slot) {
     CorpusWorld* s = &w->world;
     int x = s->x, y = !x;
@@ -285,7 +300,6 @@ static inline void corpus_slot(CorpusWalk* w, char slot) {
     case 'Y': corpus_template(w, "[2$N|$h friend]"); s->last = y; break;
     case 'N': corpus_name(w, y); break;
     case 'h': corpus_write(w, s->girl[x] ? "her" : "his"); break;
-    case 'm': corpus_write(w, s->girl[x] ? "her" : "him"); break;
     case 'c': corpus_write(w, corpus_gender(w, x)); break;
     case 'a': corpus_new_thing(w); break;
     case 't': corpus_the_thing(w, s->t); break;
@@ -307,9 +321,10 @@ static inline void corpus_slot(CorpusWalk* w, char slot) {
     case 'D': corpus_write(w, corpus_days[s->day]); break;
     case 'z': corpus_write(w, "the "); corpus_write(w, corpus_animals[s->animal]); break;
     case 'Z': corpus_write(w, corpus_animals[s->animal = corpus_pick(w, 0, CORPUS_ANIMALS, 0)]); break;
-    case 'r': corpus_write(w, corpus_riddles[s->riddle = corpus_pick(w, 0, CORPUS_RIDDLES, 0)].question); break;
+    case 'r': s->riddle = corpus_pick(w, 0, CORPUS_RIDDLES, 0);
+              corpus_write(w, corpus_riddles[s->riddle].question); break;
     case 'A': corpus_write(w, corpus_riddles[s->riddle].answer); break;
-    case 'B': corpus_write(w, corpus_riddles[corpus_pick(w, 0, CORPUS_RIDDLES, 1u << s->riddle)].answer); break;
+    case 'B': corpus_write(w, corpus_wrong_answer(w)); break;
     default: corpus_phrase(w, slot);
     }
 }
@@ -334,123 +349,149 @@ enum {
     IF_UNMET = 1 << 13, IF_Z_NEAR = 1 << 14, IF_Z_FAR = 1 << 15,
     IF_UNASKED = 1 << 16, IF_RIDDLE = 1 << 17,      // x owes an answer
     IF_RAIN = 1 << 18, IF_DRY = 1 << 19,
-    IF_RIPE = 1 << 20, IF_LATE = 1 << 21,           // the story may end, should end
-    DID_GIVE = 1 << 22, DID_KEEP = 1 << 23, DID_BREAK = 1 << 24, DID_LIE = 1 << 25,     // deeds of x
-    DID_SOLVE = 1 << 26, DID_FAIL = 1 << 27, DID_RETURN = 1 << 28, DID_LOSE = 1 << 29
+    IF_RIPE = 1 << 20, IF_LATE = 1 << 21            // the story may end, should end
 };
+#define DID(effect) (1u << (22 + (effect)))         // x has done it; of the first eight effects only
 
-typedef enum { DO_NOTHING, DO_GO, DO_GO_BOTH, DO_JOIN, DO_VISIT, DO_FETCH, DO_TAKE, DO_GIVE, DO_DROP, DO_SWAP,
-               DO_MEET, DO_ASK, DO_WIN, DO_FAIL, DO_PROMISE, DO_KEEP, DO_FORGET, DO_WEATHER, DO_END } CorpusEffect;
+typedef enum {
+    DO_GIVE, DO_RETURN, DO_LOSE, DO_LIE, DO_WIN, DO_FAIL, DO_KEEP, DO_BREAK,
+    DO_TELL, DO_GO, DO_GO_BOTH, DO_JOIN, DO_VISIT, DO_FETCH, DO_TAKE, DO_DROP, DO_SWAP, DO_MEET, DO_ASK,
+    DO_PROMISE, DO_WEATHER, DO_END
+} CorpusEffect;
 
-typedef struct { int weight; unsigned needs; CorpusEffect effect; unsigned deed; const char* text; } CorpusEvent;
+typedef struct { int weight; unsigned needs; CorpusEffect effect; const char* text; } CorpusEvent;
 
 static const CorpusEvent corpus_heroes[] = {
-    {4, 0, DO_NOTHING, 0, "[3once upon a time |2long ago |once |2]there [was|lived] a $k $c [2called|named] $n $l."},
-    {2, 0, DO_NOTHING, 0, "$l lived a $k $c [2called|named] $n."},
-    {2, 0, DO_NOTHING, 0, "a $k $c [2called|named] $n lived $l."},
+    {4, 0, DO_TELL,
+     "[3once upon a time |2long ago |once |2]there [was|lived] a $k $c [2called|named] $n $l."},
+    {2, 0, DO_TELL, "$l lived a $k $c [2called|named] $n."},
+    {2, 0, DO_TELL, "a $k $c [2called|named] $n lived $l."},
 };
 
 static const CorpusEvent corpus_treasures[] = {
-    {4, 0, DO_NOTHING, 0, "$x had $a[4|, a gift from $h [grandmother|father|uncle]|, and nothing else|, and loved it]."},
-    {2, 0, DO_NOTHING, 0, "one [morning|day|summer] $x found $a [under the bed|behind the house|on the road|in a box]."},
-    {2, 0, DO_NOTHING, 0, "for $h birthday $x [got|was given] $a."},
+    {4, 0, DO_TELL,
+     "$x had $a[4|, a gift from $h [grandmother|father|uncle]|, and nothing else|, and loved it]."},
+    {2, 0, DO_TELL,
+     "one [morning|day|summer] $x found $a [under the bed|behind the house|on the road|in a box]."},
+    {2, 0, DO_TELL, "for $h birthday $x [got|was given] $a."},
 };
 
 static const CorpusEvent corpus_friends[] = {
-    {3, 0, DO_NOTHING, 0, "$N's [3best|old|good|only] friend $n lived $l and [3had|owned|loved] $a."},
-    {2, 0, DO_NOTHING, 0, "$N [often|sometimes|always] played with $n, a $k $c from $L, who [2had|owned] $a."},
+    {3, 0, DO_TELL, "$N's [3best|old|good|only] friend $n lived $l and [3had|owned|loved] $a."},
+    {2, 0, DO_TELL, "$N [often|sometimes|always] played with $n, a $k $c from $L, who [2had|owned] $a."},
 };
 
 static const CorpusEvent corpus_events[] = {
     // going about
-    {5, IF_TOGETHER, DO_GO_BOTH, 0, "\n$W$x and $y $M to $g[2| together| hand in hand]."},
-    {3, 0, DO_GO, 0, "\n$W$x $M to $g[3| alone| in the wind]$w."},
-    {9, IF_APART, DO_JOIN, 0, "\n$W$x [wanted to see|missed|looked for|thought of] $y and $M to $o."},
+    {5, IF_TOGETHER, DO_GO_BOTH, "\n$W$x and $y $M to $g[2| together| hand in hand]."},
+    {3, 0, DO_GO, "\n$W$x $M to $g[3| alone| in the wind]$w."},
+    {9, IF_APART, DO_JOIN, "\n$W$x [wanted to see|missed|looked for|thought of] $y and $M to $o."},
     // having
-    {6, IF_HAS, DO_NOTHING, 0, "$T$x $u."},
-    {2, IF_HAS | IF_MINE, DO_NOTHING, 0, "$x was [very |so |][proud|fond|afraid|tired] of $t."},
-    {3, IF_HAS | IF_YOURS, DO_NOTHING, 0, "$x liked $t [more and more|and did not want to give it back]."},
-    {3, IF_HAS | IF_MINE | IF_TOGETHER | IF_FREE, DO_GIVE, DID_GIVE,
+    {6, IF_HAS, DO_TELL, "$T$x $u."},
+    {2, IF_HAS | IF_MINE, DO_TELL, "$x was [very |so |][proud|fond|afraid|tired] of $t."},
+    {3, IF_HAS | IF_YOURS, DO_TELL, "$x liked $t [more and more|and did not want to give it back]."},
+    {3, IF_HAS | IF_MINE | IF_TOGETHER | IF_FREE, DO_GIVE,
      "$T$x gave $t to $y$H. \"[3Thank you|How kind of you|You are a true friend|For me]!\" $S $Y."},
-    {2, IF_HAS | IF_MINE | IF_TOGETHER | IF_FREE, DO_GIVE, DID_GIVE,
-     "\"[This is for you|Take it|Close your eyes],\" $S $n, and gave $t to $y."},
-    {3, IF_Y_HAS | IF_YOURS | IF_TOGETHER | IF_FREE, DO_TAKE, 0,
-     "\"[May I borrow|Will you lend me] your $b?\" asked $n$H. \"[Yes|Of course|Only for today],\" $S $Y."},
-    {2, IF_Y_HAS | IF_YOURS | IF_TOGETHER | IF_FREE, DO_NOTHING, 0,
-     "\"[May I borrow|Will you lend me] your $b?\" asked $n$H. \"No[2|, it is mine|, not today],\" $S $Y."},
-    {6, IF_HAS | IF_YOURS | IF_TOGETHER, DO_GIVE, DID_RETURN, "$T$x gave $t back to $y$H."},
-    {4, IF_HAS | IF_YOURS | IF_TOGETHER, DO_NOTHING, DID_LIE,
+    {2, IF_HAS | IF_MINE | IF_TOGETHER | IF_FREE, DO_GIVE,
+     "\"[This is for you|Take it|Close your eyes]$!\" $S $n, and gave $t to $y."},
+    {3, IF_Y_HAS | IF_YOURS | IF_TOGETHER | IF_FREE, DO_TAKE,
+     "\"[May I borrow|Will you lend me] your $b?\" asked $n$H. "
+     "\"[Yes|Of course|Only for today]$!\" $S $Y."},
+    {2, IF_Y_HAS | IF_YOURS | IF_TOGETHER | IF_FREE, DO_TELL,
+     "\"[May I borrow|Will you lend me] your $b?\" asked $n$H. "
+     "\"No[2|, it is mine|, not today]$!\" $S $Y."},
+    {6, IF_HAS | IF_YOURS | IF_TOGETHER, DO_RETURN, "$T$x gave $t back to $y$H."},
+    {4, IF_HAS | IF_YOURS | IF_TOGETHER, DO_LIE,
      "\"Where is my $b?\" asked $Y$H. \"[I do not know|I have not seen it|Somebody took it],\" lied $n$H."},
-    {4, IF_Y_HAS | IF_MINE | IF_TOGETHER, DO_TAKE, 0,
-     "\"[Where is my $b|May I have my $b back]?\" asked $n$H. \"[Here it is|Take it],\" $S $Y."},
-    {3, IF_HAS | IF_MINE | IF_TOGETHER | IF_FREE | IF_TRADE, DO_SWAP, 0,
-     "\"I will give you $t for $v,\" $S $n$H. \"[Agreed|Gladly|Why not|Yes]!\" $S $Y."},
-    {1, IF_HAS | IF_MINE | IF_TOGETHER | IF_FREE | IF_TRADE, DO_NOTHING, 0,
-     "\"I will give you $t for $v,\" $S $n$H. \"[Never|No|I like mine better],\" $S $Y."},
+    {4, IF_Y_HAS | IF_MINE | IF_TOGETHER, DO_TAKE,
+     "\"[Where is my $b|May I have my $b back]?\" asked $n$H. \"[Here it is|Take it]$!\" $S $Y."},
+    {3, IF_HAS | IF_MINE | IF_TOGETHER | IF_FREE | IF_TRADE, DO_SWAP,
+     "\"I will give you $t for $v$!\" $S $n$H. \"[Agreed|Gladly|Why not|Yes]!\" $S $Y."},
+    {1, IF_HAS | IF_MINE | IF_TOGETHER | IF_FREE | IF_TRADE, DO_TELL,
+     "\"I will give you $t for $v$!\" $S $n$H. \"[Never|No|I like mine better]$!\" $S $Y."},
     // losing and finding
-    {3, IF_HAS | IF_MINE, DO_DROP, DID_LOSE, "[but |then |2]$x [lost|dropped|forgot] $t $i $p."},
-    {2, IF_HAS, DO_DROP, 0, "$T$x hid $t $i $p."},
-    {9, IF_LIES | IF_HERE, DO_TAKE, 0, "$T$x [2found|saw|came upon] $t $I and [picked it up|took it$H]."},
-    {6, IF_LIES | IF_AWAY | IF_MINE, DO_FETCH, 0, "\n$W$x $M back to $Q and [2found $t|there lay $t] $I."},
-    {5, IF_LIES | IF_AWAY | IF_MINE | IF_TOGETHER, DO_NOTHING, 0,
-     "\"[Have you seen|Where is] my $b?\" asked $n$H. \"[I saw it|You left it|It must be] $q,\" $S $Y."},
-    {4, IF_LIES | IF_MINE, DO_NOTHING, 0, "$T$x [cried|was sad|sighed|was angry|frowned|could not sleep], because $t was gone."},
-    {3, IF_LIES | IF_MINE | IF_TOGETHER, DO_NOTHING, 0,
-     "\"[What is wrong|Why are you so quiet]?\" asked $Y$H. \"I [lost|cannot find|miss] my $b,\" $S $n."},
+    {3, IF_HAS | IF_MINE, DO_LOSE, "[but |then |2]$x [lost|dropped|forgot] $t $i $p."},
+    {2, IF_HAS, DO_DROP, "$T$x hid $t $i $p."},
+    {9, IF_LIES | IF_HERE, DO_TAKE, "$T$x [2found|saw|came upon] $t $I and [picked it up|took it$H]."},
+    {6, IF_LIES | IF_AWAY | IF_MINE, DO_FETCH, "\n$W$x $M back to $Q and [2found $t|there lay $t] $I."},
+    {5, IF_LIES | IF_AWAY | IF_MINE | IF_TOGETHER, DO_TELL,
+     "\"[Have you seen|Where is] my $b?\" asked $n$H. \"[I saw it|You left it|It must be] $q$!\" $S $Y."},
+    {4, IF_LIES | IF_MINE, DO_TELL,
+     "$T$x [cried|was sad|sighed|was angry|frowned|could not sleep], because $t was gone."},
+    {3, IF_LIES | IF_MINE | IF_TOGETHER, DO_TELL,
+     "\"[What is wrong|Why are you so quiet]?\" asked $Y$H. \"I [lost|cannot find|miss] my $b$!\" $S $n."},
     // promising
-    {3, IF_HAS | IF_MINE | IF_TOGETHER | IF_FREE, DO_PROMISE, 0, "\"I will give you my $b $d,\" [promised|vowed] $n$H."},
-    {24, IF_HAS | IF_PROMISED, DO_KEEP, DID_KEEP,
+    {3, IF_HAS | IF_MINE | IF_TOGETHER | IF_FREE, DO_PROMISE,
+     "\"I will give you my $b $d,\" [promised|vowed] $n$H."},
+    {24, IF_HAS | IF_PROMISED, DO_KEEP,
      "\n$D $x [kept the promise|remembered the promise] and [gave|brought] $t to $y$H."},
-    {9, IF_HAS | IF_PROMISED, DO_FORGET, DID_BREAK,
+    {9, IF_HAS | IF_PROMISED, DO_BREAK,
      "\n$D $y waited [all day|for hours], but $n [did not come|forgot the promise|never came]."},
-    {24, IF_LIES | IF_PROMISED, DO_FORGET, DID_BREAK,
-     "\n$D $x had no $b to give. \"I am [so |]sorry,\" $S $n$H. $Y [was angry|said nothing|understood]."},
+    {24, IF_LIES | IF_PROMISED, DO_BREAK,
+     "\n$D $x had no $b to give. \"I am [so |]sorry$!\" $S $n$H. $Y [was angry|said nothing|understood]."},
     // the animal and its riddle
-    {4, IF_UNMET, DO_MEET, 0, "$T$x met [2a grey|a talking|a white|a hungry|an old|a fat|a black] $Z $p. it had $a."},
-    {12, IF_Z_HAS | IF_Z_NEAR | IF_UNASKED, DO_ASK, 0,
-     "$z [looked at|turned to|winked at] $n. \"$r?\" it asked. \"[Answer|Tell me|Guess], and $t is yours,\" it [said|added]."},
-    {9, IF_RIDDLE, DO_NOTHING, 0, "$T$x thought [about the riddle|long and hard|until $h head hurt]."},
-    {9, IF_RIDDLE | IF_TOGETHER, DO_NOTHING, 0, "\"[I think|Maybe] it is $A,\" $S $Y$H."},
-    {3, IF_RIDDLE | IF_TOGETHER, DO_NOTHING, 0, "\"[I think|Maybe] it is $B,\" $S $Y$H."},
-    {30, IF_RIDDLE | IF_Z_FAR, DO_VISIT, 0, "\n$W$x $M back to $z $e."},
-    {36, IF_RIDDLE | IF_Z_NEAR | IF_Z_HAS, DO_WIN, DID_SOLVE,
-     "\"[It is|It must be] $A,\" $S $n$H. \"[Right|Well done|Clever $c],\" said $z, and $n got $t."},
-    {12, IF_RIDDLE | IF_Z_NEAR | IF_Z_HAS, DO_FAIL, DID_FAIL,
-     "\"[It is|It must be] $B,\" $S $n$H. \"[Wrong|No],\" said $z, and [kept|went away with] $t."},
+    {4, IF_UNMET, DO_MEET,
+     "$T$x met [2a grey|a talking|a white|a hungry|an old|a fat|a black] $Z $p. it had $a."},
+    {12, IF_Z_HAS | IF_Z_NEAR | IF_UNASKED, DO_ASK,
+     "$z [looked at|turned to|winked at] $n. \"$r?\" it asked. "
+     "\"[Answer|Tell me|Guess], and $t is yours,\" it [said|added]."},
+    {9, IF_RIDDLE, DO_TELL, "$T$x thought [about the riddle|long and hard|until $h head hurt]."},
+    {9, IF_RIDDLE | IF_TOGETHER, DO_TELL, "\"[I think|Maybe] it is $A$!\" $S $Y$H."},
+    {3, IF_RIDDLE | IF_TOGETHER, DO_TELL, "\"[I think|Maybe] it is $B$!\" $S $Y$H."},
+    {30, IF_RIDDLE | IF_Z_FAR, DO_VISIT, "\n$W$x $M back to $z $e."},
+    {36, IF_RIDDLE | IF_Z_NEAR | IF_Z_HAS, DO_WIN,
+     "\"[It is|It must be] $A$!\" $S $n$H. \"[Right|Well done|Clever $c],\" said $z, and $n got $t."},
+    {12, IF_RIDDLE | IF_Z_NEAR | IF_Z_HAS, DO_FAIL,
+     "\"[It is|It must be] $B$!\" $S $n$H. \"[Wrong|No],\" said $z, and [kept|went away with] $t."},
     // talk and weather
-    {2, IF_TOGETHER, DO_NOTHING, 0, "\"I am [so |very |][hungry|thirsty],\" $S $n$H. \"[Here is an apple|Have some milk|So am I|I have nothing|We must go home],\" $S $Y."},
-    {2, IF_TOGETHER, DO_NOTHING, 0, "\"I am [so |very |][tired|cold],\" $S $n$H. \"[Let us rest|Sit down|So am I|Come closer|We must go home],\" $S $Y."},
-    {2, IF_TOGETHER | IF_DRY, DO_NOTHING, 0, "\"What a [lovely|warm|fine|bright] day,\" $S $n$H. $Y [smiled|nodded]."},
-    {2, IF_DRY, DO_WEATHER, 0, "[suddenly|then] it began to rain, and $x [got wet|ran under a tree|sneezed]."},
-    {2, IF_RAIN | IF_TOGETHER, DO_NOTHING, 0, "\"[My shoes are wet|I hate rain],\" $S $n$H. $Y [laughed|shrugged]."},
-    {4, IF_RAIN, DO_WEATHER, 0, "[at last|then] the [rain stopped|sun came out], and $x [was glad|laughed|sang]."},
-    {6, 0, DO_NOTHING, 0, "$T$x [2saw|heard|counted|met|watched|fed] $j [birds|goats|ducks|bees|dogs|cats|frogs|sheep] $p."},
-    {5, 0, DO_NOTHING, 0, "$T$x [2ate|picked|bought|found|dropped] $J [pears|plums|nuts|apples|cherries|buns|cakes]$H."},
-    {4, IF_TOGETHER, DO_NOTHING, 0, "$T$x and $y [built|drew|dreamed of] a [2big|tiny|white|round] [castle|ship|horse|tower]$H."},
-    {4, IF_DRY, DO_NOTHING, 0, "the [2wind|air|path|sky|water] was [cold|warm|still|grey|dark|bright], and $x [sang|slept|smiled|sat down]$H."},
+    {2, IF_TOGETHER, DO_TELL,
+     "\"I am [so |very |][hungry|thirsty]$!\" $S $n$H. "
+     "\"[Here is an apple|Have some milk|So am I|I have nothing|We must go home]$!\" $S $Y."},
+    {2, IF_TOGETHER, DO_TELL,
+     "\"I am [so |very |][tired|cold]$!\" $S $n$H. "
+     "\"[Let us rest|Sit down|So am I|Come closer|We must go home]$!\" $S $Y."},
+    {2, IF_TOGETHER | IF_DRY, DO_TELL,
+     "\"What a [lovely|warm|fine|bright] day$!\" $S $n$H. $Y [smiled|nodded]."},
+    {2, IF_DRY, DO_WEATHER, "[suddenly|then] it began to rain, and $x [got wet|ran under a tree|sneezed]."},
+    {2, IF_RAIN | IF_TOGETHER, DO_TELL,
+     "\"[My shoes are wet|I hate rain]$!\" $S $n$H. $Y [laughed|shrugged]."},
+    {4, IF_RAIN, DO_WEATHER,
+     "[at last|then] the [rain stopped|sun came out], and $x [was glad|laughed|sang]."},
+    {6, 0, DO_TELL,
+     "$T$x [2saw|heard|counted|met|watched|fed] $j [birds|goats|ducks|bees|dogs|cats|frogs|sheep] $p."},
+    {5, 0, DO_TELL,
+     "$T$x [2ate|picked|bought|found|dropped] $J [pears|plums|nuts|apples|cherries|buns|cakes]$H."},
+    {4, IF_TOGETHER, DO_TELL,
+     "$T$x and $y [built|drew|dreamed of] a [2big|tiny|white|round] [castle|ship|horse|tower]."},
+    {4, IF_DRY, DO_TELL,
+     "the [2wind|air|path|sky|water] "
+     "was [cold|warm|still|grey|dark|bright], and $x [sang|waited|smiled|sat down]$H."},
     // ending
-    {9, IF_RIPE, DO_END, 0, "\n[in the end|when the sun went down|when the stars came out] $x and $y went home$H."},
-    {99, IF_LATE, DO_END, 0, "\nit was [late|dark] now, and $x [said goodbye|went home|yawned]$H."},
+    {9, IF_RIPE, DO_END,
+     "\n[in the end|when the stars came out|at sunset|when it got dark|at dinner time|when the bell rang] "
+     "$x and $y [2went home|said goodbye|sat by the fire|told each other stories]$H."},
+    {99, IF_LATE, DO_END, "\nit was [late|dark|bedtime|cold] now, and $x [said goodbye|went home|yawned]$H."},
 };
 
 static const CorpusEvent corpus_fates[] = {     // of a thing
-    {1, IF_HAS | IF_MINE, DO_NOTHING, 0, "$n [2kept|still has|took good care of|loves|never sold|often talks about] $t."},
-    {1, IF_HAS | IF_YOURS, DO_NOTHING, 0, "$n never gave $t back."},
-    {1, IF_LIES | IF_MINE, DO_NOTHING, 0, "$n never [saw|found] $t again[2|; it still lies $q]."},
+    {1, IF_HAS | IF_MINE, DO_TELL, "$n [2kept|still has|took good care of|loves|never sold|often uses] $t."},
+    {1, IF_HAS | IF_YOURS, DO_TELL, "$n never gave $t back."},
+    {1, IF_LIES | IF_MINE, DO_TELL, "$n never [saw|found] $t again[2|; it still lies $q]."},
 };
 
 static const CorpusEvent corpus_morals[] = {
-    {1, 0, DO_NOTHING, 0, "that night $n [slept well|lay awake|dreamed of [the sea|a dragon|snow|a long road|gold]]."},
-    {9, DID_GIVE, DO_NOTHING, 0, "$n [learned|knew now] that [giving makes two people happy|giving is better than having]."},
-    {9, DID_KEEP, DO_NOTHING, 0, "$n [learned|knew now] that [a promise is a promise|a kept word is worth gold]."},
-    {9, DID_BREAK, DO_NOTHING, 0, "$n [learned|knew now] that [a broken word is hard to mend|words weigh more than air]."},
-    {9, DID_LIE, DO_NOTHING, 0, "$n [learned|knew now] that [a lie has short legs|nobody trusts a liar]."},
-    {9, DID_SOLVE, DO_NOTHING, 0, "$n [learned|knew now] that [a good head opens every door|thinking pays]."},
-    {9, DID_FAIL, DO_NOTHING, 0, "$n [learned|knew now] that [nobody knows everything|all can be wrong]."},
-    {9, DID_RETURN, DO_NOTHING, 0, "$n [learned|knew now] that [honest friends are best|what is borrowed must come home]."},
-    {9, DID_LOSE, DO_NOTHING, 0, "$n [learned|knew now] that [little things are lost quickly|good things need care]."},
+    {1, 0, DO_TELL, "that night $n [slept well|lay awake|dreamed of [the sea|a dragon|snow|gold]]."},
+    {9, DID(DO_GIVE), DO_TELL, "$n $E [giving makes two people happy|giving beats having|gifts come back]."},
+    {9, DID(DO_KEEP), DO_TELL, "$n $E [a promise is a promise|a kept word is worth gold|trust is earned]."},
+    {9, DID(DO_BREAK), DO_TELL, "$n $E [a broken word is hard to mend|words have weight|friends remember]."},
+    {9, DID(DO_LIE), DO_TELL, "$n $E [a lie has short legs|nobody trusts a liar|the truth comes out]."},
+    {9, DID(DO_WIN), DO_TELL, "$n $E [a good head opens every door|thinking pays|riddles are keys]."},
+    {9, DID(DO_FAIL), DO_TELL, "$n $E [nobody knows everything|all can be wrong|one must think first]."},
+    {9, DID(DO_RETURN), DO_TELL, "$n $E [honest friends are best|borrowed things come home|honesty pays]."},
+    {9, DID(DO_LOSE), DO_TELL, "$n $E [little things are lost quickly|good things need care|hands forget]."},
 };
 
+// What is true of actor x and thing t.
 static inline unsigned corpus_facts(const CorpusWorld* s, int x, int t) {
     const CorpusThing* thing = &s->things[t];
     const int holds[4] = {IF_HAS, IF_Y_HAS, IF_Z_HAS, IF_LIES};
@@ -472,51 +513,53 @@ static inline unsigned corpus_facts(const CorpusWorld* s, int x, int t) {
     return facts;
 }
 
-static inline void corpus_apply(CorpusWorld* s, const CorpusEvent* event) {
-    int x = s->x, y = !x, t = s->t;
-    CorpusThing* thing = &s->things[t];
-    s->deeds[x] |= event->deed;
-    switch (event->effect) {
+// Gives the thing to a holder who keeps it.
+static inline void corpus_hand(CorpusThing* thing, int holder) { thing->holder = thing->owner = holder; }
+
+// What the event that was just told changes.
+static inline void corpus_apply(CorpusWorld* s, CorpusEffect effect) {
+    int x = s->x, y = !x;
+    CorpusThing* thing = &s->things[s->t];
+    if (effect < DO_TELL) s->deeds[x] |= DID(effect);
+    switch (effect) {
     case DO_GO: s->place[x] = s->goal; break;
     case DO_GO_BOTH: s->place[x] = s->place[y] = s->goal; break;
     case DO_JOIN: s->place[x] = s->place[y]; break;
     case DO_VISIT: s->place[x] = s->place[CORPUS_ANIMAL]; break;
     case DO_FETCH: s->place[x] = thing->place; thing->holder = x; break;
-    case DO_TAKE: thing->holder = x; if (s->promised == t && s->promise_by == y) s->promise_by = -1; break;
-    case DO_GIVE: thing->holder = thing->owner = y; break;
-    case DO_DROP: thing->holder = CORPUS_NOBODY; thing->place = s->place[x]; break;
-    case DO_SWAP: {
-        CorpusThing* other = &s->things[corpus_held(s, y)];
-        other->holder = other->owner = x;
-        thing->holder = thing->owner = y;
+    case DO_TAKE:
+        thing->holder = x;
+        if (s->promise_by == y && s->promised == s->t) s->promise_by = -1;      // it came without being kept
         break;
-    }
-    case DO_MEET: thing->holder = thing->owner = CORPUS_ANIMAL; s->place[CORPUS_ANIMAL] = s->place[x]; break;
+    case DO_GIVE: case DO_RETURN: corpus_hand(thing, y); break;
+    case DO_DROP: case DO_LOSE: thing->holder = CORPUS_NOBODY; thing->place = s->place[x]; break;
+    case DO_SWAP: corpus_hand(&s->things[corpus_held(s, y)], x); corpus_hand(thing, y); break;
+    case DO_MEET: corpus_hand(thing, CORPUS_ANIMAL); s->place[CORPUS_ANIMAL] = s->place[x]; break;
     case DO_ASK: s->riddle_for = x; break;
-    case DO_WIN: thing->holder = thing->owner = x; s->riddle_for = -1; break;
+    case DO_WIN: corpus_hand(thing, x); s->riddle_for = -1; break;
     case DO_FAIL: s->riddle_for = -1; break;
-    case DO_PROMISE: s->promise_by = x; s->promised = t; break;
-    case DO_KEEP: thing->holder = thing->owner = y; s->place[x] = s->place[y]; s->promise_by = -1; break;
-    case DO_FORGET: s->promise_by = -1; break;
+    case DO_PROMISE: s->promise_by = x; s->promised = s->t; break;
+    case DO_KEEP: corpus_hand(thing, y); s->place[x] = s->place[y]; s->promise_by = -1; break;
+    case DO_BREAK: s->promise_by = -1; break;
     case DO_WEATHER: s->raining = !s->raining; break;
-    case DO_NOTHING: case DO_END: break;
+    case DO_TELL: case DO_LIE: case DO_END: break;
     }
 }
 
-#define CORPUS_TELL(w, table, xs, ts, told) corpus_tell(w, table, (int)(sizeof table / sizeof *table), xs, ts, told)
-
-// Tells one event of the table about an actor of the set xs and, where it is about a thing, a thing of the set ts.
-// What is in the set `told` is told again less often; the set may be NULL. False if nothing fits.
-static inline bool corpus_tell(CorpusWalk* w, const CorpusEvent* table, int rows, int xs, int ts, uint64_t* told) {
+// Tells one possible event of the table with an actor of first_x .. last_x. Rows in `told` (NULL: none) are
+// told again less often. False if nothing is possible or the story has ended.
+static inline bool corpus_tell(CorpusWalk* w, const CorpusEvent* table, size_t size, int first_x, int last_x,
+                               uint64_t* told) {
     CorpusWorld* s = &w->world;
     int weights[CORPUS_MAX_CHOICES], row[CORPUS_MAX_CHOICES], bound[CORPUS_MAX_CHOICES], count = 0;
-    for (int xt = 0; xt < 6; xt++) {
+    int rows = (int)(size / sizeof *table), things = s->thing_count ? s->thing_count : 1;
+    for (int xt = 3 * first_x; xt < 3 * last_x + 3; xt++) {
         int x = xt / 3, t = xt % 3;
-        if (!(xs >> x & 1) || (t && t >= s->thing_count) || (t && !(ts >> t & 1))) continue;
+        if (t >= things) continue;
         unsigned facts = corpus_facts(s, x, t);
         for (int k = 0; k < rows; k++) {
-            if ((table[k].needs & facts) != table[k].needs) continue;
-            if (table[k].needs & IF_ABOUT_A_THING ? !(ts >> t & 1) : t) continue;
+            unsigned needs = table[k].needs;
+            if ((needs & facts) != needs || (t && !(needs & IF_ABOUT_A_THING))) continue;
             weights[count] = table[k].weight * (told && *told >> k & 1 ? 1 : 6);
             row[count] = k;
             bound[count++] = xt;
@@ -531,7 +574,7 @@ static inline bool corpus_tell(CorpusWalk* w, const CorpusEvent* table, int rows
     if (s->begun && event->text[0] != '\n') corpus_put(w, ' ');
     s->begun = true;
     corpus_template(w, event->text);
-    corpus_apply(s, event);
+    corpus_apply(s, event->effect);
     return event->effect != DO_END;
 }
 
@@ -551,16 +594,16 @@ static inline void corpus_story(CorpusWalk* w) {
     CorpusWorld* s = &w->world;
     uint64_t told = 0;
     corpus_begin(s);
-    CORPUS_TELL(w, corpus_heroes, 1, 1, NULL);
-    CORPUS_TELL(w, corpus_treasures, 1, 1, NULL);
-    CORPUS_TELL(w, corpus_friends, 2, 1, NULL);
-    while (CORPUS_TELL(w, corpus_events, 3, 7, &told)) s->told++;
-    CORPUS_TELL(w, corpus_fates, 3, 7, NULL);
-    CORPUS_TELL(w, corpus_morals, 3, 1, NULL);
+    corpus_tell(w, corpus_heroes, sizeof corpus_heroes, 0, 0, NULL);
+    corpus_tell(w, corpus_treasures, sizeof corpus_treasures, 0, 0, NULL);
+    corpus_tell(w, corpus_friends, sizeof corpus_friends, 1, 1, NULL);
+    while (corpus_tell(w, corpus_events, sizeof corpus_events, 0, 1, &told)) s->told++;
+    corpus_tell(w, corpus_fates, sizeof corpus_fates, 0, 1, NULL);
+    corpus_tell(w, corpus_morals, sizeof corpus_morals, 0, 1, NULL);
     corpus_write(w, "\n\n");
 }
 
-// Fills text with `bytes` bytes of the seed's stories, the last one cut: a longer text starts with the shorter one.
+// Fills text with `bytes` bytes of the seed's stories, the last one cut; longer texts start with shorter.
 // nats, if not NULL, gets (bytes) numbers: -ln p of each choice, booked at the byte where it begins to show.
 static inline void corpus_generate(char* text, float* nats, size_t bytes, uint64_t seed) {
     CorpusWalk walk;

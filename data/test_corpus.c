@@ -1,8 +1,8 @@
-// test_corpus.c: stories are parsed back to the choices that made them, and choices are as likely as they claim.
+// test_corpus.c: stories are parsed back to the choices that made them, choices are as likely as they claim.
 //
-// The parser is the generator's own walk with another decider. It follows a script of choices, goes on with the first
-// alternative where the script ends, and is thrown back by longjmp as soon as its text leaves the expected one. Counting
-// the script up like an odometer visits every way to write the text.
+// The parser is the generator's own walk with another decider. It follows a script of choices, goes on with
+// the first alternative where the script ends, and is thrown back by longjmp as soon as its text leaves the
+// expected one. Counting the script up like an odometer visits every way to write the text.
 
 #include <setjmp.h>
 #include "corpus.h"
@@ -102,11 +102,12 @@ static void test_parse(void) {
         if (parses != 1) printf("     %d parses of: %.*s", parses, (int)length, text + at);
         unique += parses == 1;
         same += parses == 1 && !memcmp(parsed, nats + at, length * sizeof(float));
-        text[at + length / 2] ^= 1;             // a letter that no choice writes, or another choice that fits no more
+        text[at + length / 2] ^= 1;
         other += count_parses(text + at, length, parsed) == 0;
         at += length;
     }
-    check(unique == STORIES, "%d of %d stories have exactly one parse (%zu to %zu bytes)", unique, STORIES, shortest, longest);
+    check(unique == STORIES, "%d of %d stories have exactly one parse (%zu to %zu bytes)", unique, STORIES,
+          shortest, longest);
     check(same == STORIES, "%d of %d parses book the same numbers at the same bytes", same, STORIES);
     check(other == STORIES, "%d of %d stories have no parse with one letter changed", other, STORIES);
     free(text);
@@ -166,22 +167,25 @@ static void test_text(void) {
     check(possible, "every number is at least 0");
     check(sum / BYTES > 0.1 && sum / BYTES < 0.5, "%.4f nats per byte, %.0f bytes a story", sum / BYTES,
           (double)BYTES / (double)stories);
-    check(equal < BYTES / 4, "another seed gives another text (%.1f %% of the bytes agree)", 100.0 * (double)equal / BYTES);
-    check(hash == 0x67b6d9d47d17b6f5, "seed 1 gives the text it always gave (hash 0x%016llx)", (unsigned long long)hash);
+    check(equal < BYTES / 4, "another seed gives another text (%.1f %% of the bytes agree)",
+          100.0 * (double)equal / BYTES);
+    check(hash == 0x73c0cbe47f52245d, "the text of seed 1 is what it always was (hash 0x%016llx)",
+          (unsigned long long)hash);
     free(text);
     free(other);
     free(nats);
 }
 
 // ------------------------------------------------------------------------------------------------
-// Frequencies. A kind of choice is its list of weights; its counts are compared with what the weights say. Choices
-// between events have too many kinds for that: there the mean of -ln p is compared with the expected entropy.
+// Frequencies. A kind of choice is its list of weights; its counts are compared with what the weights say.
+// Choices between events have too many kinds: there the mean of -ln p is compared with the expected entropy.
 
 typedef struct { int count, total, weights[SMALL]; uint64_t key; double seen[SMALL]; } Kind;
 
 static Kind* kinds;
 static int kind_count;
-static double surprise[2], variance[2]; // sum of -ln p less its mean, and that sum's variance: of words, of events
+static double surprise[2], variance[2]; // of words, of events: sum of -ln p less its mean, its variance
+static double information;              // sum of -ln p of the choices that show in the text
 
 static Kind* find_kind(const int* weights, int count, int total) {
     uint64_t key = (uint64_t)count;
@@ -208,48 +212,61 @@ static int decide_and_count(CorpusWalk* w, const int* weights, int count, int to
         mean -= p * log(p);
         square += p * log(p) * log(p);
     }
+    if (w->length < w->capacity) information -= log((double)weights[chosen] / total);
     surprise[count > SMALL] += -log((double)weights[chosen] / total) - mean;
     variance[count > SMALL] += square - mean * mean;
     if (count <= SMALL) find_kind(weights, count, total)->seen[chosen]++;
     return chosen;
 }
 
-// Pearson's statistic of a kind in units of its standard deviation, 0 where a cell expects too few for it.
-static double excess(const Kind* kind) {
-    double trials = 0, statistic = 0;
-    int cells = 0;
+// The t for which exp(-t) bounds the chance of such a Pearson statistic (Laurent and Massart: a chi-square of
+// d degrees of freedom is above d + 2 sqrt(d t) + 2 t with at most that chance); 0 where a cell is small.
+static double unlikeliness(const Kind* kind) {
+    double trials = 0, statistic = 0, d = -1;
     for (int k = 0; k < kind->count; k++) trials += kind->seen[k];
     for (int k = 0; k < kind->count; k++) {
         double expectation = trials * kind->weights[k] / kind->total;
         if (!kind->weights[k]) continue;
         if (expectation < 20) return 0;
-        cells++;
+        d++;
         statistic += (kind->seen[k] - expectation) * (kind->seen[k] - expectation) / expectation;
     }
-    return cells < 2 ? 0 : (statistic - (cells - 1)) / sqrt(2.0 * (cells - 1));
+    if (!(statistic > d)) return 0;
+    double root = (sqrt(2 * statistic - d) - sqrt(d)) / 2;
+    return root * root;
 }
 
-// A statistic's tail is near exp(-excess * sqrt(cells)) at worst; with some hundred kinds, 8 has no chance of coming up.
+// Bounds with about one chance in a million: exp(-19) for each of some hundred kinds, 5 sigma for a mean.
 static void test_frequencies(void) {
-    enum { BYTES = 8 << 20, BOUND = 8 };
+    enum { BYTES = 4 << 20 };
     CorpusWalk walk;
-    kinds = (Kind*)allocate(MAX_KINDS, sizeof(Kind));
     memset(&walk, 0, sizeof walk);
+    walk.text = (char*)allocate(BYTES, 1);
+    walk.nats = (float*)allocate(BYTES, sizeof(float));
+    walk.capacity = BYTES;
     walk.decide = decide_and_count;
     walk.seed = 3;
+    kinds = (Kind*)allocate(MAX_KINDS, sizeof(Kind));
     while (walk.length < BYTES) corpus_story(&walk);
+
+    double booked = 0, worst = 0;
     int judged = 0;
-    double worst = 0;
+    for (size_t k = 0; k < BYTES; k++) booked += (double)walk.nats[k];
     for (int k = 0; k < MAX_KINDS; k++) {
-        double e = kinds[k].count ? excess(&kinds[k]) : 0;
-        judged += e != 0;
-        if (!(e <= worst)) worst = e;
+        double t = kinds[k].count ? unlikeliness(&kinds[k]) : 0;
+        judged += t > 0;
+        if (!(t <= worst)) worst = t;
     }
-    check(judged > 40 && worst <= BOUND, "chi-square of %d kinds of choice: the worst is %.1f sigma out", judged, worst);
+    check(fabs(booked - information) <= 1e-6 * information, "%.0f nats are booked, %.0f were chosen", booked,
+          information);
+    check(judged > 30 && worst <= 19, "counts of %d kinds of choice: the chance of the worst is exp(-%.1f)",
+          judged, worst);
     for (int k = 0; k < 2; k++) {
         double z = surprise[k] / sqrt(variance[k]);
-        check(fabs(z) <= 5, "mean -ln p of %s is %.2f sigma from the expected entropy", k ? "events" : "words", z);
+        check(fabs(z) <= 5, "the mean -ln p of %s is %.2f sigma from its entropy", k ? "events" : "words", z);
     }
+    free(walk.text);
+    free(walk.nats);
     free(kinds);
 }
 
