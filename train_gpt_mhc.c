@@ -48,11 +48,11 @@ INLINE int min_int(int a, int b) { return a < b ? a : b; }
 #ifdef _OPENMP
 static int thread_count(void) { return omp_get_max_threads(); }
 static int thread_index(void) { return omp_get_thread_num(); }
-static void set_threads(int count) { omp_set_num_threads(count); }
+static inline void set_threads(int count) { omp_set_num_threads(count); }
 #else
 static int thread_count(void) { return 1; }
 static int thread_index(void) { return 0; }
-static void set_threads(int count) { (void)count; }
+static inline void set_threads(int count) { (void)count; }
 #endif
 
 // ------------------------------------------------------------------------------------------------
@@ -1620,8 +1620,6 @@ static void open_corpus(Run* run) {
 static bool open_shards_or_text(Run* run, Error* e) {
     const Options* o = &run->o;
     const Bpe* bpe = run->has_bpe ? &run->bpe : NULL;
-    Tokens unused;
-    memset(&unused, 0, sizeof unused);
     if (tokens_are_shards(o->data)) {
         if (!tokens_open_shards(&run->train, o->data, e)) return false;
     } else {
@@ -1632,7 +1630,7 @@ static bool open_shards_or_text(Run* run, Error* e) {
     if (run->has_val) tokens_close(&run->val);
     run->has_val = true;
     if (tokens_are_shards(o->val_data)) return tokens_open_shards(&run->val, o->val_data, e);
-    return tokens_open_whole_text(&run->val, o->val_data, bpe, e);
+    return tokens_open_text(&run->val, NULL, o->val_data, bpe, e);
 }
 
 static bool open_data(Run* run, Error* e) {
@@ -2061,6 +2059,19 @@ static int run_mode(Run* run, int argc, char** argv) {
     return STATUS_DONE;
 }
 
+static void close_run(Run* run) {
+    activations_close(&run->acts);
+    activations_close(&run->infer);
+    model_close(&run->model);
+    free(run->arena.memory);
+    if (run->has_val) tokens_close(&run->val);
+    tokens_close(&run->train);
+    if (run->has_bpe) bpe_close(&run->bpe);
+    free(run->corpus);
+    free(run->nats);
+    if (run->log.file) runlog_close(&run->log);
+}
+
 #ifndef TESTING
 int main(int argc, char** argv) {
     static Run run;
@@ -2076,6 +2087,8 @@ int main(int argc, char** argv) {
         return STATUS_DONE;
     }
     if (!open_run(&run, &e)) die("%s", e.text);
-    return run_mode(&run, argc, argv);
+    int status = run_mode(&run, argc, argv);
+    close_run(&run);
+    return status;
 }
 #endif
