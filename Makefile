@@ -29,19 +29,20 @@ train_gpt_mhc: train_gpt_mhc.c $(SOURCES) Makefile
 train train-cpu: train_gpt_mhc
 	./train_gpt_mhc --out $(DIR) --overwrite $(ARGS)
 
-# --- checks
+# --- checks. They include the trainer and call parts of it.
 
 HEADER_TESTS = $(patsubst %.c,build/%,$(notdir $(wildcard host/test_*.c data/test_*.c)))
+TEST_FLAGS = $(CFLAGS) -Wno-unused-function
 TESTS = build/test_double build/test_float $(HEADER_TESTS)
 
 build:
 	mkdir -p build
 
 build/test_float: test_gpt_mhc.c train_gpt_mhc.c $(SOURCES) | build
-	$(CC) $(CFLAGS) $< -o $@ -lm
+	$(CC) $(TEST_FLAGS) $< -o $@ -lm
 
 build/test_double: test_gpt_mhc.c train_gpt_mhc.c $(SOURCES) | build
-	$(CC) $(CFLAGS) -DREAL=double $< -o $@ -lm
+	$(CC) $(TEST_FLAGS) -DREAL=double $< -o $@ -lm
 
 build/test_%: host/test_%.c $(SOURCES) | build
 	$(CC) $(CFLAGS) $< -o $@ -lm
@@ -59,7 +60,7 @@ bench: build/bench
 	./build/bench $(ARGS)
 
 build/bench: dev/bench.c train_gpt_mhc.c $(SOURCES) | build
-	$(CC) $(CFLAGS) $< -o $@ -lm
+	$(CC) $(TEST_FLAGS) $< -o $@ -lm
 
 fuzz:
 	sh dev/fuzz.sh $(ARGS)
