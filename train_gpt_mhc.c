@@ -114,28 +114,34 @@ INLINE void pack(real* RESTRICT dst, Matrix m, int count, int depth, const int w
     }
 }
 
-// One tile: out[rows][cols] (+)= a[rows][depth] * b[depth][TILE_COLS]. first is the bias, or NULL for zeros.
+// One row of a tile: out[cols] = start (bias or what is there; NULL: zeros) + sum
+INLINE void store_row(real* out, const Vector* sum, const real* start, int cols) {
+    if (cols == TILE_COLS)
+#pragma GCC unroll 4
+        for (int v = 0; v < TILE_VECTORS; v++)
+            *(Vector*)(out + v * VECTOR_LEN) = start ? *(const Vector*)(start + v * VECTOR_LEN) + sum[v] : sum[v];
+    else
+        for (int j = 0; j < cols; j++) out[j] = (start ? start[j] : 0) + sum[j / VECTOR_LEN][j % VECTOR_LEN];
+}
+
+// One tile: out[rows][cols] (+)= a[rows][depth] * b[depth][TILE_COLS]. The sums stay in registers: every index into them
+// must be a constant.
 INLINE void tile(real* out, size_t stride, Matrix a, const real* b, int depth, int rows, int cols,
                  const real* bias, bool accumulate) {
-    Vector sum[TILE_ROWS][TILE_VECTORS];
-    memset(sum, 0, sizeof sum);
+    Vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = zero;
     for (int k = 0; k < depth; k++, b += TILE_COLS)
 #pragma GCC unroll 16
         for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 4
             for (int v = 0; v < TILE_VECTORS; v++)
                 sum[i][v] += a.at[min_int(i, rows - 1) * a.row + k * a.col] * *(const Vector*)(b + v * VECTOR_LEN);
-    for (int i = 0; i < rows; i++) {
-        const real* start = accumulate ? out + i * stride : bias;
-        if (cols == TILE_COLS)
-            for (int v = 0; v < TILE_VECTORS; v++) {
-                Vector* o = (Vector*)(out + i * stride + v * VECTOR_LEN);
-                *o = start ? *(const Vector*)(start + v * VECTOR_LEN) + sum[i][v] : sum[i][v];
-            }
-        else
-            for (int j = 0; j < cols; j++)
-                out[i * stride + j] = (start ? start[j] : 0) + sum[i][j / VECTOR_LEN][j % VECTOR_LEN];
-    }
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; i++)
+        if (i < rows) store_row(out + i * stride, sum[i], accumulate ? out + i * stride : bias, cols);
 }
 
 // What one task does: out rows i0 .. i1, columns j0 .. j0 + cols. It alone writes them, so that there are no locks and
@@ -1639,6 +1645,7 @@ static bool open_data(Run* run, Error* e) {
     Options* o = &run->o;
     if (o->tokenizer[0] && !bpe_open(&run->bpe, o->tokenizer, e)) return false;
     run->has_bpe = o->tokenizer[0] != 0;
+    if (o->generate[0]) return true;            // its text is the prompt
     if (!o->data[0] && o->val_data[0]) return fail(e, "--val-data: found without --data, expected both, name the training data too");
     if (!o->data[0]) open_corpus(run);
     else if (!open_shards_or_text(run, e)) return false;
@@ -1722,11 +1729,18 @@ static int sample_token(const real* logits, int V, double temperature, long k, d
     return best;
 }
 
+// The bytes of a token; none for one that the tokenizer lacks, as a larger --vocab allows.
+static const uint8_t* token_bytes(const Run* run, int token, int* count) {
+    static uint8_t byte;
+    byte = (uint8_t)token;
+    *count = !run->has_bpe || token < bpe_vocab(&run->bpe);
+    return run->has_bpe && *count ? bpe_bytes(&run->bpe, token, count) : &byte;
+}
+
 // Appends the bytes of a token to text; returns the new length
 static size_t append_token(const Run* run, char* text, size_t length, size_t size, int token) {
-    int count = 1;
-    uint8_t byte = (uint8_t)token;
-    const uint8_t* bytes = run->has_bpe ? bpe_bytes(&run->bpe, token, &count) : &byte;
+    int count;
+    const uint8_t* bytes = token_bytes(run, token, &count);
     for (int i = 0; i < count && length + 1 < size; i++) text[length++] = (char)bytes[i];
     text[length] = 0;
     return length;
@@ -1868,7 +1882,6 @@ static int train(Run* run, int argc, char** argv) {
     Error e;
     StepReport r;
     double mean_seconds = 0;
-    catch_signals();
     if (run->step >= run->o.steps) printf("nothing to do: step %ld of %ld is done\n", run->step, run->o.steps);
     while (run->step < run->o.steps) {
         if (!train_step(run, &r, &e)) break;
@@ -1939,17 +1952,18 @@ static bool allocate_run(Run* run, Error* e) {
     return true;
 }
 
-// The file that weights come from: a checkpoint to go on from, --init-from, or for --eval and --generate the newest in --out.
-// False: none is needed, or an error if e is not empty.
-static bool open_source(Run* run, SafeFile* f, Error* e) {
+// The file that weights come from: a checkpoint to go on from (*resume), else --init-from; for --eval and --generate
+// --init-from, else the newest in --out. False: none is needed, or an error if e is not empty.
+static bool open_source(Run* run, SafeFile* f, bool* resume, Error* e) {
     const Options* o = &run->o;
-    bool needed = o->eval || o->generate[0];
+    bool needed = !run->training;
     e->text[0] = 0;
-    if (o->resume || (needed && !o->init_from[0])) {
-        if (open_newest(f, o->out, e)) return true;
-        if (!e->text[0] && needed) fail(e, "%s: found no checkpoint, expected one, train first or name a file with --init-from", o->out);
-        else if (!e->text[0]) printf("no checkpoint in %s: starting at step 0\n", o->out);
-        return false;
+    *resume = false;
+    if (needed ? !o->init_from[0] : o->resume) {
+        *resume = open_newest(f, o->out, e) && o->resume;
+        if (f->strings || e->text[0]) return f->strings != NULL;
+        if (needed) return fail(e, "%s: found no checkpoint, expected one, train first or name a file with --init-from", o->out);
+        printf("no checkpoint in %s: starting at step 0\n", o->out);
     }
     return o->init_from[0] && safetensors_open(f, o->init_from, e);
 }
@@ -1974,10 +1988,14 @@ static bool prepare_directory(Run* run, Error* e) {
     if (o->resume) return true;
     Checkpoints found = rundir_list(o->out);
     free(found.steps);
-    if (found.count && !o->overwrite)
-        return fail(e, "%s: found %d checkpoints of an earlier run, expected none, go on with --resume, or start anew with --overwrite", o->out, found.count);
-    rundir_clear(o->out);
-    return true;
+    return !found.count || o->overwrite
+        || fail(e, "%s: found %d checkpoints of an earlier run, expected none, go on with --resume, or start anew with --overwrite", o->out, found.count);
+}
+
+// What the data holds shows in its first windows; a run that cannot use it has not yet replaced another's files then.
+static bool check_windows(Run* run, Error* e) {
+    return training_batch(run, run->step, 0, e)
+        && (!run->has_val || tokens_val_window(&run->val, 0, run->c.T, run->c.V, run->tokens, run->targets, e));
 }
 
 static bool open_run(Run* run, Error* e) {
@@ -1987,9 +2005,8 @@ static bool open_run(Run* run, Error* e) {
     memset(&f, 0, sizeof f);
     run->training = !o->eval && !o->generate[0];
     if (!check_options(run, e) || (trains && !prepare_directory(run, e))) return false;
-    bool from_file = open_source(run, &f, e);
+    bool resume, from_file = open_source(run, &f, &resume, e);
     if (!from_file && e->text[0]) return false;
-    bool resume = from_file && o->resume;
     if (from_file && !restore_options(run, &f, resume, e)) return false;
     if (from_file) vocabulary_of(run, &f);
     if (!check_options(run, e) || !open_data(run, e) || !check_options(run, e)) return false;
@@ -1997,16 +2014,18 @@ static bool open_run(Run* run, Error* e) {
     if (!allocate_run(run, e)) return false;
     if (from_file && !o->plan) {
         if (!load_weights(&run->model, &f, e)) return false;
-        if (resume && (!load_moments(&run->model, &f, e) || !restore_position(run, &f, e))) return false;
+        if (resume && run->training && (!load_moments(&run->model, &f, e) || !restore_position(run, &f, e))) return false;
     }
     if (from_file) safetensors_close(&f);
-    return true;
+    return !trains || check_windows(run, e);
 }
 
 static int run_training(Run* run, int argc, char** argv) {
     Error e;
     char path[RUNDIR_PATH];
     snprintf(path, sizeof path, "%s/run.jsonl", run->o.out);
+    catch_signals();
+    if (!run->o.resume) rundir_clear(run->o.out);
     if (!runlog_open(&run->log, path, run->o.resume ? run->step : -1, &e)) die("%s", e.text);
     run->peak = measure_peak();
     print_model(run);
@@ -2017,9 +2036,9 @@ static int run_training(Run* run, int argc, char** argv) {
 }
 
 static void emit_text(Run* run, int token) {
-    int count = 1;
-    uint8_t byte = (uint8_t)token;
-    fwrite(run->has_bpe ? bpe_bytes(&run->bpe, token, &count) : &byte, 1, (size_t)count, stdout);
+    int count;
+    const uint8_t* bytes = token_bytes(run, token, &count);
+    fwrite(bytes, 1, (size_t)count, stdout);
     fflush(stdout);
 }
 

@@ -102,6 +102,14 @@ static Metadata run_metadata(const Run* run) {
     return d;
 }
 
+// Hands a line of the log over. A disk that is full does not end a run, but it is said.
+static void log_end(Run* run) {
+    static bool said;
+    if (runlog_end(&run->log) || said) return;
+    fprintf(stderr, "warning: %s/run.jsonl: a line cannot be written (%s), make room; the run goes on\n", run->o.out, strerror(errno));
+    said = true;
+}
+
 // Parameters, moments and the state of the run; afterwards only the newest checkpoints stay.
 static bool save_checkpoint(Run* run, Error* e) {
     char path[RUNDIR_PATH];
@@ -119,7 +127,8 @@ static bool save_checkpoint(Run* run, Error* e) {
     runlog_begin(&run->log, "save");
     runlog_int(&run->log, "step", run->step);
     runlog_text(&run->log, "file", path);
-    return runlog_end(&run->log);
+    log_end(run);
+    return true;
 }
 
 // A number of the metadata, strictly read.
@@ -132,19 +141,20 @@ static bool metadata_number(const SafeFile* f, const char* key, unsigned long lo
 }
 
 // Options from a file's metadata. For a resumed run all that are stored, and none may be contradicted; for weights alone
-// those of the model, where nobody gave another value (the shapes are compared later). A newer format is refused.
+// those of the model, for --eval and --generate also of the data, where nobody gave another value (the shapes are
+// compared later). A newer format is refused.
 static bool restore_options(Run* run, const SafeFile* f, bool resume, Error* e) {
     unsigned long long version = 0;
+    OptionGroup last = resume ? GROUP_OPTIMISER : run->training ? GROUP_MODEL : GROUP_BATCH;
     if (!safetensors_meta(f, "format_version")) return !resume || fail(e, "%s: found no format_version, expected one of our checkpoints", f->path);
     if (!metadata_number(f, "format_version", &version, 10, e)) return false;
     if (version != FORMAT_VERSION)
         return fail(e, "%s: found format_version %llu, expected %d, use the program that wrote it", f->path, version, FORMAT_VERSION);
     for (int row = 0; row < options_count(); row++) {
         const char *name = options_name(row), *text = safetensors_meta(f, name);
-        if (!text || !options_stored(row)) continue;
-        if (resume) {
-            if (!options_restore(&run->o, &run->given, name, text, f->path, e)) return false;
-        } else if (option_rows[row].group == GROUP_MODEL && !run->given.by[row] && !options_set(&run->o, name, text, f->path, e))
+        if (!text || option_rows[row].group > last) continue;
+        if (resume ? !options_restore(&run->o, &run->given, name, text, f->path, e)
+                   : !run->given.by[row] && !options_set(&run->o, name, text, f->path, e))
             return false;
     }
     return true;
@@ -276,7 +286,7 @@ static bool open_newest(SafeFile* f, const char* dir, Error* e) {
             safetensors_close(f);
             good = false;
         }
-        if (!good) fprintf(stderr, "%s; trying the one before\n", e->text);
+        if (!good) fprintf(stderr, "%s%s\n", e->text, i ? "; trying the one before" : "");
     }
     if (!good && found.count) fail(e, "%s: found %d checkpoints and none that is whole, expected one", dir, found.count);
     free(found.steps);

@@ -38,7 +38,7 @@ static void report_step(Run* run, const StepReport* r, const Gain* gain, double 
     runlog_real(&run->log, "gain_fwd", gain ? gain->forward_max : NAN);    // null in the file
     runlog_real(&run->log, "gain_bwd", gain ? gain->backward_max : NAN);
     if (r->verdict != VERDICT_APPLY) runlog_text(&run->log, "not_applied", r->culprit);
-    runlog_end(&run->log);
+    log_end(run);
 }
 
 static bool report_validation(Run* run, Error* e) {
@@ -56,7 +56,7 @@ static bool report_validation(Run* run, Error* e) {
     }
     printf("\n");
     print_bar(run);
-    runlog_end(&run->log);
+    log_end(run);
     return true;
 }
 
@@ -64,11 +64,12 @@ static bool report_validation(Run* run, Error* e) {
 static struct { char text[4096]; size_t length; } sample;
 static void emit_sample(Run* run, int token) { sample.length = append_token(run, sample.text, sample.length, sizeof sample.text, token); }
 
-static bool can_print(const Run* run) { return run->has_bpe || tokens_default_vocab(&run->train) == 256; }
+static bool can_print(const Run* run) { return run->has_bpe || run->c.V <= 256; }
 
 static void report_sample(Run* run) {
     int32_t start = run->has_bpe ? (int32_t)run->bpe.eot : '\n';
     if (!can_print(run)) return;                // shards without --tokenizer: numbers would say nothing
+    if (start >= run->c.V) start = 0;
     sample.length = 0;
     generate(run, &start, 1, run->o.tokens, emit_sample);
     printf("%s--- a sample after step %ld\n%s\n---\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", run->step, sample.text);
@@ -76,7 +77,7 @@ static void report_sample(Run* run) {
     runlog_begin(&run->log, "sample");
     runlog_int(&run->log, "step", run->step);
     runlog_text(&run->log, "text", sample.text);
-    runlog_end(&run->log);
+    log_end(run);
 }
 
 static const char* cpu_name(void) {
@@ -107,7 +108,7 @@ static void log_run(Run* run) {
         options_value(&run->o, row, text, sizeof text);
         runlog_text(&run->log, options_name(row), text);
     }
-    runlog_end(&run->log);
+    log_end(run);
 }
 
 static int stop_run(Run* run, const char* why, int status) {
@@ -115,7 +116,7 @@ static int stop_run(Run* run, const char* why, int status) {
     runlog_int(&run->log, "step", run->step);
     runlog_text(&run->log, "reason", why);
     runlog_int(&run->log, "status", status);
-    runlog_end(&run->log);
+    log_end(run);
     return status;
 }
 
@@ -199,7 +200,7 @@ static bool measure_gains(Run* run, Gain* largest, Error* e) {
         log_gains(run, "sublayer", gains);
         log_gains(run, "composite", gains + count);
         log_streams(run, run->acts.streams);
-        runlog_end(&run->log);
+        log_end(run);
         free(run->acts.streams);
         run->acts.streams = NULL;
     }
