@@ -1978,6 +1978,8 @@ static bool check_options(const Run* run, Error* e) {
     if (!options_check(&run->o, e)) return false;
     if (run->o.recompute > 2 * run->o.layers)
         return fail(e, "--recompute: found %ld, expected at most the number of sublayers, %ld", run->o.recompute, 2 * run->o.layers);
+    if (run->o.batch * run->o.seq > INT32_MAX)
+        return fail(e, "--batch: found %ld tokens in a micro-batch, expected less than 2^31, reduce --batch or --seq", run->o.batch * run->o.seq);
     return true;
 }
 
