@@ -1,6 +1,6 @@
 // runlog.h: the story of a run, one JSON object a line, for other programs to read.
 //
-//     runlog_begin(&log, "val"); runlog_int(&log, "step", 12); runlog_real(&log, "loss", x); runlog_end(&log);
+//     runlog_begin(&log, "val"); runlog_int(&log, "step", 1); runlog_real(&log, "loss", x); runlog_end(&log);
 //
 // A line is built in memory and handed over in one write, so that a killed process leaves at most one half
 // line, the last. A resumed run cuts the file back to what belongs to its checkpoint and goes on behind that.
@@ -54,7 +54,7 @@ static inline bool runlog_stays(const char* line, size_t length, uint64_t keep, 
     return has_step ? step <= keep : !*cut;
 }
 
-// in is closed. A last line without a newline goes, whatever it says: it may be half of a number.
+// in is closed. A last line without a newline goes, whatever it says: the next one would be joined to it.
 static inline bool runlog_copy(FILE* in, const char* path, uint64_t keep, Error* e) {
     ReplacedFile out;
     char* line = NULL;

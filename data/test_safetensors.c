@@ -435,6 +435,10 @@ static void test_refused_json(void) {
     refused("a control character", "{\"a\nb\":" A("[0,4]") "}", 4, "control character");
     refused("not UTF-8", "{\"\xff\":" A("[0,4]") "}", 4, "UTF-8");
     refused("UTF-8 too long", "{\"\xc0\x80\":" A("[0,4]") "}", 4, "UTF-8");
+    refused("UTF-8 too long, 3 bytes", "{\"\xe0\x9f\xbf\":" A("[0,4]") "}", 4, "UTF-8");
+    refused("UTF-8 too long, 4 bytes", "{\"\xf0\x8f\xbf\xbf\":" A("[0,4]") "}", 4, "UTF-8");
+    refused("UTF-8 of half a pair", "{\"\xed\xa0\x80\":" A("[0,4]") "}", 4, "UTF-8");
+    refused("UTF-8 beyond Unicode", "{\"\xf4\x90\x80\x80\":" A("[0,4]") "}", 4, "UTF-8");
     refused("UTF-8 cut off", "{\"\xe2\x82", 0, "UTF-8");
     refused("an array for a tensor", "{\"a\":[]}", 0, "expected {");
     refused("metadata not strings", "{\"__metadata__\":{\"a\":1}}", 0, "expected a string");
@@ -443,6 +447,13 @@ static void test_refused_json(void) {
     refused("metadata twice", "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "__metadata__ twice");
     refused("a key of the metadata twice", "{\"__metadata__\":{\"a\":\"\",\"a\":\"\"}}", 0, "\"a\" twice");
     refused("__metadata__ as a tensor", "{\"__metadata__\":" A("[0,4]") "}", 4, "expected");
+    char name[300];
+    snprintf(name, sizeof name, "{\"%0100d\\n\\u0001%0100d\":{\"dtype\":\"X\"}}", 0, 0);
+    for (int i = 60; i < 80; i++) {         // the name in the message ends in every place of an escape
+        memcpy(name + i, "\\u0001\\u0002", 12);
+        refused("a long name", name, 0, "...\" has the unknown dtype");
+        memset(name + i, '0', 12);
+    }
     static char deep[10016] = "{\"a\":";
     memset(deep + 5, '[', 10000);
     refused("10000 brackets", deep, 0, "expected {");
@@ -488,6 +499,9 @@ static void test_header_length(void) {
     f.path = "file";
     bool good = safetensors_parse(&f, NULL, 100000001, (uint64_t)1 << 40, &e);
     check(!good && is_line(e.text, "file: "), "a header beyond 100 MB is not looked at");
+    f.path = "file";
+    good = safetensors_parse(&f, "{}       ", 9, 16, &e);
+    check(!good && strstr(e.text, "9 promised"), "one byte of header too many: %s", e.text);
 }
 
 static void test_not_files(void) {
@@ -591,6 +605,7 @@ static void test_digest_promises(void) {
     with_digest("a tensor without", META "},\"a\":" A("[0,4]") "}", "\"a\" has no digest");
     with_digest("another's", META ",\"digest.b\":\"0123456789abcdef\"},\"a\":" A("[0,4]") "}", "no digest");
     with_digest("in capitals", META ",\"digest.a\":\"0123456789ABCDEF\"},\"a\":" A("[0,4]") "}", "no digest");
+    with_digest("text after", META ",\"digest.a\":\"0123456789abcdefg\"},\"a\":" A("[0,4]") "}", "no digest");
     with_digest("too long", META ",\"digest.a\":\"0123456789abcdef0\"},\"a\":" A("[0,4]") "}", "no digest");
     refused("no header's", "{\"__metadata__\":{\"digest.a\":\"0123456789abcdef\"},\"a\":" A("[0,4]") "}", 4,
             "none of its header");
@@ -655,6 +670,15 @@ static void test_write_order(void) {
     int count = start_over();
     check(strspn(calls, "w") == (size_t)count - 3 && strcmp(calls + count - 3, "frd") == 0,
           "writes, fsync, rename, fsync of the directory: %s", calls);
+}
+
+static void test_left_over(void) {
+    static char junk[5000];
+    Error e;
+    save_bytes(tmp_path, junk, sizeof junk);
+    expect_calls(0, false);
+    bool good = write_small(file_path, "new", &e) && small_is(file_path, "new");
+    check(good, "a left-over temporary file is no harm");
 }
 
 static void test_write_failures(void) {
@@ -754,6 +778,7 @@ int main(void) {
     test_halves("F16", 5, 10);
     test_halves("BF16", 8, 7);
     test_write_order();
+    test_left_over();
     test_write_failures();
     test_crashes();
     test_size_limit();
