@@ -48,11 +48,13 @@ static inline int utf8_write(char out[4], uint32_t code) {
 // ------------------------------------------------------------------------------------------------
 // Reading
 
+// Keeps the first problem only: what follows it means nothing.
 static inline bool json_fail(JsonReader* json, const char* problem) {
     if (!json->problem) json->problem = problem;
     return false;
 }
 
+// Skips white space. strchr would find the NUL that ends its list, hence the test for it.
 static inline void json_space(JsonReader* json) {
     while (json->at < json->end && *json->at && strchr(" \t\n\r", *json->at)) json->at++;
 }
@@ -65,6 +67,7 @@ static inline bool json_next(JsonReader* json, char c) {
     return true;
 }
 
+// Takes the character or fails.
 static inline bool json_expect(JsonReader* json, char c, const char* problem) {
     return json_next(json, c) || json_fail(json, problem);
 }
@@ -80,6 +83,7 @@ static inline bool json_item(JsonReader* json, bool* first, char close) {
     return false;
 }
 
+// Four digits of either case.
 static inline bool json_hex4(JsonReader* json, uint32_t* code) {
     *code = 0;
     for (int i = 0; i < 4; i++, json->at++) {
@@ -164,12 +168,14 @@ static inline bool json_uint(JsonReader* json, uint64_t* value) {
     return true;
 }
 
+// At least one.
 static inline bool json_digits(JsonReader* json) {
     if (!json_is_digit(json)) return json_fail(json, "expected a value");
     while (json_is_digit(json)) json->at++;
     return true;
 }
 
+// Only its form is looked at; the numbers we use are read by json_uint.
 static inline bool json_skip_number(JsonReader* json) {
     if (json->at < json->end && *json->at == '-') json->at++;
     const char* first = json->at;
@@ -182,6 +188,7 @@ static inline bool json_skip_number(JsonReader* json) {
     return json_digits(json);
 }
 
+// The three words, or else a number.
 static inline bool json_skip_word(JsonReader* json) {
     static const char* const words[] = {"true", "false", "null"};
     for (int i = 0; i < 3; i++) {
@@ -225,6 +232,7 @@ static inline int json_escape(char out[8], const char* at, const char* end) {
     return count ? count : 1;
 }
 
+// text as a JSON string, quotes included.
 static inline void json_write_string(FILE* file, const char* text) {
     const char* end = text + strlen(text);
     char piece[8];

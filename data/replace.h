@@ -19,6 +19,7 @@ typedef struct {
     int file;
 } ReplacedFile;
 
+// Removes the temporary file and closes. Does nothing after replace_end or a failure.
 static inline void replace_abandon(ReplacedFile* r) {
     if (!r->temporary) return;
     if (r->file >= 0) close(r->file);
@@ -27,6 +28,7 @@ static inline void replace_abandon(ReplacedFile* r) {
     r->temporary = NULL;
 }
 
+// The line with the reason in errno, and the end of the attempt.
 static inline bool replace_fail(ReplacedFile* r, const char* what, Error* e) {
     fail(e, "%s: cannot be written (%s: %s), nothing was changed; make room or choose another place",
          r->path, what, strerror(errno));
@@ -34,6 +36,7 @@ static inline bool replace_fail(ReplacedFile* r, const char* what, Error* e) {
     return false;
 }
 
+// path must outlive r. What a killed process left in the temporary file is overwritten.
 static inline bool replace_begin(ReplacedFile* r, const char* path, Error* e) {
     size_t room = strlen(path) + sizeof ".tmp";
     r->path = path;
@@ -47,6 +50,7 @@ static inline bool replace_begin(ReplacedFile* r, const char* path, Error* e) {
     return false;
 }
 
+// Appends. In steps of at most 1 GB, since one write takes no more than 2.
 static inline bool replace_write(ReplacedFile* r, const void* data, uint64_t bytes, Error* e) {
     const char* at = (const char*)data;
     while (bytes > 0) {
@@ -73,6 +77,7 @@ static inline bool replace_sync_directory(const char* path, Error* e) {
     return good;
 }
 
+// Only now is path another file. False after the rename means: replaced, but perhaps not after a power loss.
 static inline bool replace_end(ReplacedFile* r, Error* e) {
     if (fsync(r->file) != 0) return replace_fail(r, "fsync", e);
     int file = r->file;

@@ -90,6 +90,7 @@ static inline bool runlog_open(RunLog* log, const char* path, long keep, Error* 
     return fail(e, "%s: cannot be opened (%s); choose another --out", path, strerror(errno));
 }
 
+// Does nothing to a closed log.
 static inline void runlog_close(RunLog* log) {
     if (log->file >= 0) close(log->file);
     log->file = -1;
@@ -98,6 +99,7 @@ static inline void runlog_close(RunLog* log) {
 // ------------------------------------------------------------------------------------------------
 // One line. Keys and types are the program's own: plain names.
 
+// Starts a line; runlog_end must follow.
 static inline void runlog_begin(RunLog* log, const char* type) {
     log->line = open_memstream(&log->text, &log->length);
     if (!log->line) die("out of memory for a line of the run's log");
@@ -119,6 +121,7 @@ static inline void runlog_real(RunLog* log, const char* key, double value) {
     runlog_number(log, value);
 }
 
+// value: any bytes, ended by NUL.
 static inline void runlog_text(RunLog* log, const char* key, const char* value) {
     fprintf(log->line, ",\"%s\":", key);
     json_write_string(log->line, value);

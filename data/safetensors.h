@@ -75,6 +75,7 @@ typedef struct {
     unsigned char rest[DIGEST_BLOCK];   // what does not fill a block yet
 } Digest;
 
+// The lanes start apart, or two of them could be exchanged unseen.
 static inline Digest digest_begin(void) {
     Digest d;
     memset(&d, 0, sizeof d);
@@ -82,6 +83,7 @@ static inline Digest digest_begin(void) {
     return d;
 }
 
+// One word to each lane of a block: xor, a product with an odd number and a rotation can all be undone.
 static inline void digest_blocks(Digest* d, const unsigned char* data, uint64_t blocks) {
     uint64_t h[DIGEST_LANES], word;
     memcpy(h, d->lanes, sizeof h);      // a copy: bytes may alias anything, registers may not
@@ -94,6 +96,7 @@ static inline void digest_blocks(Digest* d, const unsigned char* data, uint64_t 
     memcpy(d->lanes, h, sizeof h);
 }
 
+// More data, in pieces of any size: the digest is that of them all in a row.
 static inline void digest_add(Digest* d, const void* data, uint64_t bytes) {
     const unsigned char* at = (const unsigned char*)data;
     size_t held = d->bytes % DIGEST_BLOCK;
@@ -110,6 +113,7 @@ static inline void digest_add(Digest* d, const void* data, uint64_t bytes) {
     if (bytes % DIGEST_BLOCK) memcpy(d->rest, at + bytes / DIGEST_BLOCK * DIGEST_BLOCK, bytes % DIGEST_BLOCK);
 }
 
+// The digest of what was added. d is used up.
 static inline uint64_t digest_end(Digest* d) {
     size_t held = d->bytes % DIGEST_BLOCK;
     memset(d->rest + held, 0, DIGEST_BLOCK - held);     // the length tells this padding from data
@@ -162,6 +166,8 @@ static inline char* safe_string(SafeParser* p) {
     return out;
 }
 
+// The value of __metadata__: strings only. Notes where the header's own digest stands: plain digits,
+// since the digest is over this very text with zeros in their place.
 static inline bool safe_metadata(SafeParser* p) {
     if (p->metadata_seen) return json_fail(&p->json, "__metadata__ twice");
     p->metadata_seen = true;
@@ -184,6 +190,7 @@ static inline bool safe_metadata(SafeParser* p) {
     return !p->json.problem;
 }
 
+// A name from safe_dtypes. Another one has no known size, so the whole file cannot be checked.
 static inline bool safe_dtype(SafeParser* p, SafeTensor* t, Error* e) {
     char name[16], label[JSON_LABEL], found[JSON_LABEL];
     if (json_string(&p->json, name, sizeof name) < 0) return false;
@@ -197,6 +204,7 @@ static inline bool safe_dtype(SafeParser* p, SafeTensor* t, Error* e) {
                 p->path, json_label(label, t->name), json_label(found, name));
 }
 
+// The sizes, any number up to 2^64 - 1 each: safe_check_size looks at their product.
 static inline bool safe_shape(SafeParser* p, SafeTensor* t, Error* e) {
     char label[JSON_LABEL];
     json_expect(&p->json, '[', "expected [ and a shape");
@@ -240,6 +248,7 @@ static inline bool safe_check_size(const SafeParser* p, SafeTensor* t, Error* e)
     return true;
 }
 
+// One description. Each of the three keys once and no other: what we do not know we cannot vouch for.
 static inline bool safe_tensor(SafeParser* p, SafeTensor* t, Error* e) {
     int seen = 0;
     json_expect(&p->json, '{', "expected { and a tensor's dtype, shape and data_offsets");
@@ -283,6 +292,7 @@ static inline bool safe_walk(SafeParser* p, const char* header, uint64_t header_
 // ------------------------------------------------------------------------------------------------
 // Order, duplicates and digests of a parsed header
 
+// For qsort: by place in the file.
 static inline int safe_compare_place(const void* a, const void* b) {
     const SafeTensor *s = (const SafeTensor*)a, *t = (const SafeTensor*)b;
     if (s->offset != t->offset) return s->offset < t->offset ? -1 : 1;
@@ -290,10 +300,12 @@ static inline int safe_compare_place(const void* a, const void* b) {
     return s->name < t->name ? -1 : s->name > t->name;                  // in one array: the header's order
 }
 
+// For qsort of pointers: by name.
 static inline int safe_compare_name(const void* a, const void* b) {
     return strcmp((*(SafeTensor* const*)a)->name, (*(SafeTensor* const*)b)->name);
 }
 
+// For qsort of pairs: by key.
 static inline int safe_compare_key(const void* a, const void* b) {
     return strcmp(((const SafePair*)a)->key, ((const SafePair*)b)->key);
 }
@@ -317,6 +329,7 @@ static inline bool safe_place(SafeFile* f, uint64_t data_start, uint64_t file_by
                 (unsigned long long)file_bytes, (unsigned long long)expected);
 }
 
+// Sorts for the searches, and so brings together what occurs twice.
 static inline bool safe_sort_names(SafeFile* f, Error* e) {
     char label[JSON_LABEL];
     for (int i = 0; i < f->tensor_count; i++) f->by_name[i] = &f->tensors[i];
@@ -367,6 +380,7 @@ static inline bool safe_digests(SafeFile* f, const char* header, uint64_t header
     return safe_tensor_digests(f, e);
 }
 
+// Does nothing to what is closed or was never opened (all zero).
 static inline void safetensors_close(SafeFile* f) {
     if (!f->strings) return;
     if (f->file >= 0) close(f->file);
@@ -377,6 +391,7 @@ static inline void safetensors_close(SafeFile* f) {
     memset(f, 0, sizeof *f);
 }
 
+// Room for what the first walk has counted, exactly.
 static inline void safe_allocate(SafeParser* p) {
     SafeFile* f = p->file;
     size_t path_room = strlen(p->path) + 1;
@@ -447,6 +462,7 @@ static inline bool safe_read_fail(const char* path, Error* e) {
     return fail(e, "%s: cannot be read (%s)", path, errno ? strerror(errno) : "it became shorter meanwhile");
 }
 
+// Reads the header of an open file, if it can be one, and parses it. file stays the caller's.
 static inline bool safe_open_file(SafeFile* f, int file, const char* path, Error* e) {
     struct stat info;
     uint64_t header_bytes;
@@ -503,6 +519,7 @@ static inline const char* safetensors_meta(const SafeFile* f, const char* key) {
 // ------------------------------------------------------------------------------------------------
 // Reading data
 
+// The float that has these bits.
 static inline float float_of_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -559,6 +576,7 @@ static inline uint64_t safetensors_count(const SafeTensor* t) {
     return count;
 }
 
+// False, with the line that says so.
 static inline bool safe_wrong_type(const SafeFile* f, const SafeTensor* t, const char* expected, Error* e) {
     char label[JSON_LABEL];
     return fail(e, "%s: tensor %s is %s, expected %s; convert the file", f->path, json_label(label, t->name),
@@ -571,6 +589,7 @@ static inline bool safetensors_read_f32(const SafeFile* f, const SafeTensor* t, 
     return good ? safe_read(f, t, out, e) : safe_wrong_type(f, t, "F32, BF16 or F16", e);
 }
 
+// The same for whole numbers: the tokens of a dump.
 static inline bool safetensors_read_i32(const SafeFile* f, const SafeTensor* t, int32_t* out, Error* e) {
     return t->type == SAFE_I32 ? safe_read(f, t, out, e) : safe_wrong_type(f, t, "I32", e);
 }
@@ -593,6 +612,7 @@ typedef struct {
     const void* data;
 } SafeOut;
 
+// The tensor is in memory, so its size cannot overflow.
 static inline uint64_t safe_out_bytes(const SafeOut* t) {
     uint64_t bytes = 4;
     for (int i = 0; i < t->rank; i++) bytes *= t->shape[i];
@@ -604,6 +624,7 @@ static inline bool safe_is_digest(const char* key) {
     return strcmp(key, "digest") == 0 || strncmp(key, "digest.", 7) == 0;
 }
 
+// Our digests, then the caller's pairs. The header's own digest comes first, so that its zeros are the first.
 static inline void safe_write_metadata(FILE* out, const SafeOut* tensors, int count, const SafePair* pairs,
                                        int pair_count) {
     fputs("\"__metadata__\":{\"digest\":\"0000000000000000\"", out);
@@ -628,6 +649,7 @@ static inline void safe_write_metadata(FILE* out, const SafeOut* tensors, int co
     fputc('}', out);
 }
 
+// A description of each tensor, one behind the other.
 static inline void safe_write_entries(FILE* out, const SafeOut* tensors, int count) {
     uint64_t begin = 0;
     for (int i = 0; i < count; i++) {
