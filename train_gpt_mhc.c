@@ -56,8 +56,8 @@ static inline void set_threads(int count) { (void)count; }
 #endif
 
 // ------------------------------------------------------------------------------------------------
-// Matrix product: out[i][j] = (accumulate ? out : bias or 0) + sum_k a(i, k) b(k, j), where a(i, k) = a[i*ai + k*ak]
-// and b(k, j) = b[k*bk + j*bj], so that one routine serves every transposition a linear layer needs.
+// Matrix product: out[i][j] = (accumulate ? out[i][j] : bias[j] or 0) + sum_k a(i, k) b(k, j). Both factors
+// have strides for rows and columns, so that one routine serves every transposition a linear layer needs.
 
 typedef struct { const real* at; size_t row, col; } Matrix;     // element (i, j) is at[i * row + j * col]
 
@@ -97,12 +97,14 @@ enum {
 };
 static_assert(PANEL_COLS % TILE_COLS == 0, "a panel must consist of whole tiles");
 
-// Copies count rows of m into strips dst[count / width][depth][width], zero padded: the product reads in order.
+// Copies count rows of m into strips dst[count / width][depth][width], zero padded:
+// the product reads in order.
 INLINE void pack(real* RESTRICT dst, Matrix m, int count, int depth, const int width) {
     if (m.row == 1 && count % width == 0) {             // rows lie side by side: copy width at a time
         for (int k = 0; k < depth; k++)
             for (int p = 0; p < count; p += width)
-                memcpy(dst + (size_t)p * depth + (size_t)k * width, m.at + k * m.col + p, width * sizeof(real));
+                memcpy(dst + (size_t)p * depth + (size_t)k * width, m.at + k * m.col + p,
+                       width * sizeof(real));
         return;
     }
     for (int p = 0; p < count; p += width, dst += width * depth, m.at += width * m.row) {
@@ -110,7 +112,8 @@ INLINE void pack(real* RESTRICT dst, Matrix m, int count, int depth, const int w
         if (rows < width) memset(dst, 0, sizeof(real) * (size_t)(width * depth));
         for (int k0 = 0; k0 < depth; k0 += 16)          // a transpose, 16 deep at a time to stay in L1
             for (int r = 0; r < rows; r++)
-                for (int k = k0; k < min_int(k0 + 16, depth); k++) dst[k * width + r] = m.at[r * m.row + k * m.col];
+                for (int k = k0; k < min_int(k0 + 16, depth); k++)
+                    dst[k * width + r] = m.at[r * m.row + k * m.col];
     }
 }
 
@@ -119,13 +122,14 @@ INLINE void store_row(real* out, const Vector* sum, const real* start, int cols)
     if (cols == TILE_COLS)
 #pragma GCC unroll 4
         for (int v = 0; v < TILE_VECTORS; v++)
-            *(Vector*)(out + v * VECTOR_LEN) = start ? *(const Vector*)(start + v * VECTOR_LEN) + sum[v] : sum[v];
+            *(Vector*)(out + v * VECTOR_LEN) =
+                start ? *(const Vector*)(start + v * VECTOR_LEN) + sum[v] : sum[v];
     else
         for (int j = 0; j < cols; j++) out[j] = (start ? start[j] : 0) + sum[j / VECTOR_LEN][j % VECTOR_LEN];
 }
 
-// One tile: out[rows][cols] (+)= a[rows][depth] * b[depth][TILE_COLS]. The sums stay in registers: every index into them
-// must be a constant.
+// One tile: out[rows][cols] (+)= a[rows][depth] * b[depth][TILE_COLS]. The sums stay in registers:
+// every index into them must be a constant.
 INLINE void tile(real* out, size_t stride, Matrix a, const real* b, int depth, int rows, int cols,
                  const real* bias, bool accumulate) {
     Vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
@@ -138,16 +142,17 @@ INLINE void tile(real* out, size_t stride, Matrix a, const real* b, int depth, i
         for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 4
             for (int v = 0; v < TILE_VECTORS; v++)
-                sum[i][v] += a.at[min_int(i, rows - 1) * a.row + k * a.col] * *(const Vector*)(b + v * VECTOR_LEN);
+                sum[i][v] +=
+                    a.at[min_int(i, rows - 1) * a.row + k * a.col] * *(const Vector*)(b + v * VECTOR_LEN);
 #pragma GCC unroll 16
     for (int i = 0; i < TILE_ROWS; i++)
         if (i < rows) store_row(out + i * stride, sum[i], accumulate ? out + i * stride : bias, cols);
 }
 
-// What one task does: out rows i0 .. i1, columns j0 .. j0 + cols. It alone writes them, so that there are no locks and
-// the sums are the same for any number of threads.
-static void matmul_block(real* out, size_t stride, Matrix a, Matrix b, int i0, int i1, int j0, int cols, int K,
-                         const real* bias, bool accumulate) {
+// What one task does: out rows i0 .. i1, columns j0 .. j0 + cols. It alone writes them, so that there are no
+// locks and the sums are the same for any number of threads.
+static void matmul_block(real* out, size_t stride, Matrix a, Matrix b, int i0, int i1, int j0, int cols,
+                         int K, const real* bias, bool accumulate) {
     static __thread real a_panel[PANEL_ROWS * PANEL_DEPTH] __attribute__((aligned(64)));
     static __thread real b_panel[PANEL_COLS * PANEL_DEPTH] __attribute__((aligned(64)));
     for (int k0 = 0; k0 < K; k0 += PANEL_DEPTH) {
@@ -164,23 +169,27 @@ static void matmul_block(real* out, size_t stride, Matrix a, Matrix b, int i0, i
                     int rows = min_int(TILE_ROWS, i1 - i), width = min_int(TILE_COLS, cols - j);
                     bool add = accumulate || k0 > 0;
                     if (a.col == 1)             // read in place
-                        tile(o, stride, matrix(panel.at + (i - p) * a.row, a.row, 1), strip, depth, rows, width, start, add);
+                        tile(o, stride, matrix(panel.at + (i - p) * a.row, a.row, 1), strip, depth, rows,
+                             width, start, add);
                     else
-                        tile(o, stride, matrix(a_panel + (i - p) * depth, 1, TILE_ROWS), strip, depth, rows, width, start, add);
+                        tile(o, stride, matrix(a_panel + (i - p) * depth, 1, TILE_ROWS), strip, depth, rows,
+                             width, start, add);
                 }
         }
     }
 }
 
 // out (M, N) with the given row stride. Inside a parallel region it runs on the calling thread.
-static void matmul(real* out, size_t stride, Matrix a, Matrix b, int M, int N, int K, const real* bias, bool accumulate) {
-    int rows = M, panels = (N + PANEL_COLS - 1) / PANEL_COLS;   // rows of a task: a few tasks for every thread
+static void matmul(real* out, size_t stride, Matrix a, Matrix b, int M, int N, int K, const real* bias,
+                   bool accumulate) {
+    int rows = M, panels = (N + PANEL_COLS - 1) / PANEL_COLS; // rows of a task: a few tasks for every thread
     while (rows > 8 * TILE_ROWS && panels * ((M + rows - 1) / rows) < 3 * thread_count())
         rows = (rows / 2 + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int j0 = 0; j0 < N; j0 += PANEL_COLS)
         for (int i0 = 0; i0 < M; i0 += rows)
-            matmul_block(out, stride, a, b, i0, min_int(i0 + rows, M), j0, min_int(PANEL_COLS, N - j0), K, bias, accumulate);
+            matmul_block(out, stride, a, b, i0, min_int(i0 + rows, M), j0, min_int(PANEL_COLS, N - j0), K,
+                         bias, accumulate);
 }
 #else
 #define matmul matmul_naive
@@ -195,10 +204,11 @@ INLINE real exp_real(real x) {
     float z = (float)x;
     z = z > 87.0f ? 87.0f : z;
     z = z < -87.0f ? -87.0f : z;
-    float halves = z * 1.44269504f + (z < 0 ? -0.5f : 0.5f);        // exp(x) = 2^power exp(r), |r| <= ln(2) / 2
+    float halves = z * 1.44269504f + (z < 0 ? -0.5f : 0.5f); // exp(x) = 2^power exp(r), |r| <= ln(2) / 2
     int power = halves == halves ? (int)halves : 0;
     float r = z - (float)power * 0.693359375f + (float)power * 2.12194440e-4f;
-    float p = 1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
+    float tail = 1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f)));
+    float p = 1 + r * (1 + r * (1 / 2.0f + r * tail));
     uint32_t bits = (uint32_t)(power + 127) << 23;
     float scale;
     memcpy(&scale, &bits, sizeof scale);
@@ -215,8 +225,8 @@ INLINE real dot(const real* a, const real* b, int count) {
     return sum;
 }
 
-// sums (cols) += sum over rows of a (rows, cols), times b (rows, cols) where b is given. Each column is summed by one
-// thread in the order of the rows: the result does not depend on the number of threads.
+// sums (cols) += sum over rows of a (rows, cols), times b (rows, cols) where b is given. Each column is
+// summed by one thread in the order of the rows: the result does not depend on the number of threads.
 static void add_column_sums(real* sums, const real* a, const real* b, int rows, int cols) {
     enum { WIDTH = 64 };
 #pragma omp parallel for schedule(static)
@@ -237,7 +247,8 @@ static void add_column_sums(real* sums, const real* a, const real* b, int rows, 
 }
 
 // ------------------------------------------------------------------------------------------------
-// Configuration and parameters. One table drives allocation, initialisation, weight decay, files and messages.
+// Configuration and parameters. One table drives allocation, initialisation, weight decay,
+// files and messages.
 
 enum { MAX_N = 8, MAX_M = MAX_N * MAX_N + 2 * MAX_N, MAX_ITERS = 100, MAX_NAME = 64 };
 
@@ -254,42 +265,45 @@ static bool has_streams(int residual) { return residual >= RESIDUAL_HC; }
 static bool has_connections(const Config* c) { return has_streams(c->residual); }
 static bool per_stream(const Config* c) { return c->residual == RESIDUAL_HC; }
 
-// A token's projection: `groups` vectors of `width` values of its state, each through fn (outs, width); M values in all.
+// A token's projection: `groups` vectors of `width` values of its state, each through fn (outs, width);
+// M values in all.
 static int projection_groups(const Config* c) { return per_stream(c) ? c->n : 1; }
 static int projection_width(const Config* c) { return per_stream(c) ? c->C : c->n * c->C; }
 static int projection_outs(const Config* c) {
     return per_stream(c) ? c->n + 2 : c->residual == RESIDUAL_MHC ? c->n * c->n + 2 * c->n : 2 * c->n;
 }
-static int projection_M(const Config* c) { return has_connections(c) ? projection_groups(c) * projection_outs(c) : 0; }
+static int projection_M(const Config* c) {
+    return has_connections(c) ? projection_groups(c) * projection_outs(c) : 0;
+}
 static int coefficient_count(const Config* c) { return has_connections(c) ? c->n * c->n + 2 * c->n : 0; }
 
 typedef enum { DIM_1, DIM_C, DIM_3C, DIM_4C, DIM_V, DIM_T, DIM_OUTS, DIM_WIDTH, DIM_M, DIM_SCALES } Dim;
 typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_NORMAL_SCALED, INIT_HC_BASE, INIT_HC_SCALE } Init;
 
-#define TENSOR_TABLE(X)                                                                                             \
-    /* id           name                   rows        cols       block  decay  starts as */                        \
-    X(WTE,          "wte.weight",          DIM_V,      DIM_C,     false, true,  INIT_NORMAL)                        \
-    X(WPE,          "wpe.weight",          DIM_T,      DIM_C,     false, true,  INIT_NORMAL)                        \
-    X(ATTN_FN,      "attn_hc.fn",          DIM_OUTS,   DIM_WIDTH, true,  true,  INIT_ZERO)                          \
-    X(ATTN_BASE,    "attn_hc.base",        DIM_M,      DIM_1,     true,  false, INIT_HC_BASE)                       \
-    X(ATTN_SCALE,   "attn_hc.scale",       DIM_SCALES, DIM_1,     true,  false, INIT_HC_SCALE)                      \
-    X(LN_1_W,       "ln_1.weight",         DIM_C,      DIM_1,     true,  false, INIT_ONE)                           \
-    X(LN_1_B,       "ln_1.bias",           DIM_C,      DIM_1,     true,  false, INIT_ZERO)                          \
-    X(C_ATTN_W,     "attn.c_attn.weight",  DIM_3C,     DIM_C,     true,  true,  INIT_NORMAL)                        \
-    X(C_ATTN_B,     "attn.c_attn.bias",    DIM_3C,     DIM_1,     true,  false, INIT_ZERO)                          \
-    X(ATTN_PROJ_W,  "attn.c_proj.weight",  DIM_C,      DIM_C,     true,  true,  INIT_NORMAL_SCALED)                 \
-    X(ATTN_PROJ_B,  "attn.c_proj.bias",    DIM_C,      DIM_1,     true,  false, INIT_ZERO)                          \
-    X(MLP_FN,       "mlp_hc.fn",           DIM_OUTS,   DIM_WIDTH, true,  true,  INIT_ZERO)                          \
-    X(MLP_BASE,     "mlp_hc.base",         DIM_M,      DIM_1,     true,  false, INIT_HC_BASE)                       \
-    X(MLP_SCALE,    "mlp_hc.scale",        DIM_SCALES, DIM_1,     true,  false, INIT_HC_SCALE)                      \
-    X(LN_2_W,       "ln_2.weight",         DIM_C,      DIM_1,     true,  false, INIT_ONE)                           \
-    X(LN_2_B,       "ln_2.bias",           DIM_C,      DIM_1,     true,  false, INIT_ZERO)                          \
-    X(C_FC_W,       "mlp.c_fc.weight",     DIM_4C,     DIM_C,     true,  true,  INIT_NORMAL)                        \
-    X(C_FC_B,       "mlp.c_fc.bias",       DIM_4C,     DIM_1,     true,  false, INIT_ZERO)                          \
-    X(MLP_PROJ_W,   "mlp.c_proj.weight",   DIM_C,      DIM_4C,    true,  true,  INIT_NORMAL_SCALED)                 \
-    X(MLP_PROJ_B,   "mlp.c_proj.bias",     DIM_C,      DIM_1,     true,  false, INIT_ZERO)                          \
-    X(LN_F_W,       "ln_f.weight",         DIM_C,      DIM_1,     false, false, INIT_ONE)                           \
-    X(LN_F_B,       "ln_f.bias",           DIM_C,      DIM_1,     false, false, INIT_ZERO)
+#define TENSOR_TABLE(X)                                                                                 \
+    /* id          name                   rows        cols       block  decay  starts as */             \
+    X(WTE,         "wte.weight",          DIM_V,      DIM_C,     false, true,  INIT_NORMAL)             \
+    X(WPE,         "wpe.weight",          DIM_T,      DIM_C,     false, true,  INIT_NORMAL)             \
+    X(ATTN_FN,     "attn_hc.fn",          DIM_OUTS,   DIM_WIDTH, true,  true,  INIT_ZERO)               \
+    X(ATTN_BASE,   "attn_hc.base",        DIM_M,      DIM_1,     true,  false, INIT_HC_BASE)            \
+    X(ATTN_SCALE,  "attn_hc.scale",       DIM_SCALES, DIM_1,     true,  false, INIT_HC_SCALE)           \
+    X(LN_1_W,      "ln_1.weight",         DIM_C,      DIM_1,     true,  false, INIT_ONE)                \
+    X(LN_1_B,      "ln_1.bias",           DIM_C,      DIM_1,     true,  false, INIT_ZERO)               \
+    X(C_ATTN_W,    "attn.c_attn.weight",  DIM_3C,     DIM_C,     true,  true,  INIT_NORMAL)             \
+    X(C_ATTN_B,    "attn.c_attn.bias",    DIM_3C,     DIM_1,     true,  false, INIT_ZERO)               \
+    X(ATTN_PROJ_W, "attn.c_proj.weight",  DIM_C,      DIM_C,     true,  true,  INIT_NORMAL_SCALED)      \
+    X(ATTN_PROJ_B, "attn.c_proj.bias",    DIM_C,      DIM_1,     true,  false, INIT_ZERO)               \
+    X(MLP_FN,      "mlp_hc.fn",           DIM_OUTS,   DIM_WIDTH, true,  true,  INIT_ZERO)               \
+    X(MLP_BASE,    "mlp_hc.base",         DIM_M,      DIM_1,     true,  false, INIT_HC_BASE)            \
+    X(MLP_SCALE,   "mlp_hc.scale",        DIM_SCALES, DIM_1,     true,  false, INIT_HC_SCALE)           \
+    X(LN_2_W,      "ln_2.weight",         DIM_C,      DIM_1,     true,  false, INIT_ONE)                \
+    X(LN_2_B,      "ln_2.bias",           DIM_C,      DIM_1,     true,  false, INIT_ZERO)               \
+    X(C_FC_W,      "mlp.c_fc.weight",     DIM_4C,     DIM_C,     true,  true,  INIT_NORMAL)             \
+    X(C_FC_B,      "mlp.c_fc.bias",       DIM_4C,     DIM_1,     true,  false, INIT_ZERO)               \
+    X(MLP_PROJ_W,  "mlp.c_proj.weight",   DIM_C,      DIM_4C,    true,  true,  INIT_NORMAL_SCALED)      \
+    X(MLP_PROJ_B,  "mlp.c_proj.bias",     DIM_C,      DIM_1,     true,  false, INIT_ZERO)               \
+    X(LN_F_W,      "ln_f.weight",         DIM_C,      DIM_1,     false, false, INIT_ONE)                \
+    X(LN_F_B,      "ln_f.bias",           DIM_C,      DIM_1,     false, false, INIT_ZERO)
 
 typedef struct { const char* name; Dim rows, cols; bool per_block, decayed; Init init; } TensorSpec;
 
@@ -315,7 +329,8 @@ static size_t dim_size(const Config* c, Dim dim) {
     return 0;
 }
 
-// One tensor of a model: a row of the table, in one block. In the order of the file, each followed by the next.
+// One tensor of a model: a row of the table, in one block. In the order of the file,
+// each followed by the next.
 typedef struct {
     char name[MAX_NAME];
     const TensorSpec* spec;
@@ -330,7 +345,7 @@ typedef struct {
     size_t first[TENSOR_KINDS]; // of block 0
     size_t block_size, size;    // numbers in a block and in all
     real *params, *grads, *adam_m, *adam_v;     // (size)
-    real* head_grads;           // (V, C): wte's gradient as the head; kept apart from the embedding's until the sum
+    real* head_grads; // (V, C): wte's gradient as the head; kept apart from the embedding's until the sum
 } Model;
 
 static size_t tensor_size(const Tensor* t) { return t->rows * t->cols; }
@@ -387,14 +402,15 @@ static double normal(uint64_t seed, uint64_t index) {
 
 static double logit(double p) { return log(p / (1 - p)); }
 
-// The static part of a connection (pre | post | res) at the start: read mostly stream k mod n, so that the streams
-// are not alike (alike they would stay so for ever), write 1 to all, mix almost nothing.
+// The static part of a connection (pre | post | res) at the start: read mostly stream k mod n, so that the
+// streams are not alike (alike they would stay so for ever), write 1 to all, mix almost nothing.
 static double initial_base(const Config* c, int k, int m) {
     int n = c->n, favourite = k % n, e = m - 2 * n;
     if (per_stream(c)) return m < n ? m == favourite : m < 2 * n ? 1 : e / n == e % n;
     if (m < n) return n == 1 ? 16 : m == favourite ? logit(0.7) : logit(0.3 / (n - 1));  // weights sum to 1
     if (m < 2 * n) return 0;                            // 2 sigmoid(0) = 1
-    double rows = c->order == ORDER_NONE ? log(exp(c->gap) + n - 1) : 0;     // nothing else makes its rows sum to 1
+    double rows =
+        c->order == ORDER_NONE ? log(exp(c->gap) + n - 1) : 0; // nothing else makes its rows sum to 1
     return (e / n == e % n ? c->gap : 0) - rows;
 }
 
@@ -411,7 +427,8 @@ static real initial_value(const Config* c, const Tensor* t, uint64_t seed, size_
     return 0;
 }
 
-// The seed of a tensor's numbers: its name's, so that models of different residual modes share their common weights.
+// The seed of a tensor's numbers: its name's, so that models of different
+// residual modes share their common weights.
 static uint64_t tensor_seed(const Tensor* t, uint64_t seed) {
     for (const char* s = t->name; *s; s++) seed = hash64(seed, (uint64_t)(unsigned char)*s);
     return seed;
@@ -431,21 +448,25 @@ static void model_initialise(Model* m, uint64_t seed) {
 // The layers of GPT-2. Gradients of inputs are written (=), gradients of parameters added (+=).
 
 // out (rows, OC) = in (rows, IC) weight^T + bias, weight (OC, IC), bias (OC)
-static void linear_forward(real* out, const real* in, const real* weight, const real* bias, int rows, int IC, int OC) {
-    matmul(out, (size_t)OC, matrix(in, (size_t)IC, 1), matrix(weight, 1, (size_t)IC), rows, OC, IC, bias, false);
+static void linear_forward(real* out, const real* in, const real* weight, const real* bias, int rows, int IC,
+                           int OC) {
+    matmul(out, (size_t)OC, matrix(in, (size_t)IC, 1), matrix(weight, 1, (size_t)IC), rows, OC, IC, bias,
+           false);
 }
 
 // din (rows, IC) =, dweight (OC, IC) +=, dbias (OC) += from dout (rows, OC)
 static void linear_backward(real* din, real* dweight, real* dbias, const real* dout, const real* in,
                             const real* weight, int rows, int IC, int OC) {
-    matmul(din, (size_t)IC, matrix(dout, (size_t)OC, 1), matrix(weight, (size_t)IC, 1), rows, IC, OC, NULL, false);
-    matmul(dweight, (size_t)IC, matrix(dout, 1, (size_t)OC), matrix(in, (size_t)IC, 1), OC, IC, rows, NULL, true);
+    matmul(din, (size_t)IC, matrix(dout, (size_t)OC, 1), matrix(weight, (size_t)IC, 1), rows, IC, OC, NULL,
+           false);
+    matmul(dweight, (size_t)IC, matrix(dout, 1, (size_t)OC), matrix(in, (size_t)IC, 1), OC, IC, rows, NULL,
+           true);
     add_column_sums(dbias, dout, NULL, rows, OC);
 }
 
 // One token: out (C) = (u - mean) rstd weight + bias; stats = {mean, rstd}
-static void layernorm_forward(real* RESTRICT out, real* stats, const real* RESTRICT u, const real* RESTRICT weight,
-                              const real* RESTRICT bias, int C) {
+static void layernorm_forward(real* RESTRICT out, real* stats, const real* RESTRICT u,
+                              const real* RESTRICT weight, const real* RESTRICT bias, int C) {
     real mean = 0, variance = 0;
 #pragma omp simd reduction(+ : mean)
     for (int c = 0; c < C; c++) mean += u[c];
@@ -460,8 +481,9 @@ static void layernorm_forward(real* RESTRICT out, real* stats, const real* RESTR
 }
 
 // One token: du (C) = from dout (C); and xhat (C), the normalised input, which dweight needs
-static void layernorm_backward(real* RESTRICT du, real* RESTRICT xhat, const real* RESTRICT dout, const real* stats,
-                               const real* RESTRICT u, const real* RESTRICT weight, int C) {
+static void layernorm_backward(real* RESTRICT du, real* RESTRICT xhat, const real* RESTRICT dout,
+                               const real* stats, const real* RESTRICT u, const real* RESTRICT weight,
+                               int C) {
     real mean = stats[0], rstd = stats[1], sum = 0, dot_xhat = 0;
 #pragma omp simd reduction(+ : sum, dot_xhat)
     for (int c = 0; c < C; c++) {
@@ -504,10 +526,11 @@ static size_t attention_scratch_size(int T) { return (size_t)2 * QUERY_ROWS * (s
 // The queries t0 .. t0 + count of one head; a key may be seen by its own and later queries.
 typedef struct { const real *q, *k, *v; size_t stride; int T, t0, count, head_size; } Head;
 
-// p (count, keys) = softmax of the scores; lse (per query, stride lse_stride) = log sum exp of the scaled scores
+// p (count, keys) = softmax of the scores; lse (per query,
+// stride lse_stride) = log sum exp of the scaled scores
 static void attention_scores(real* p, const Head* h, int keys) {
-    matmul(p, (size_t)h->T, matrix(h->q + (size_t)h->t0 * h->stride, h->stride, 1), matrix(h->k, 1, h->stride),
-           h->count, keys, h->head_size, NULL, false);
+    matmul(p, (size_t)h->T, matrix(h->q + (size_t)h->t0 * h->stride, h->stride, 1),
+           matrix(h->k, 1, h->stride), h->count, keys, h->head_size, NULL, false);
 }
 
 // Turns scores (T of them reserved) of the query at position t into probabilities; returns their log sum exp.
@@ -530,8 +553,10 @@ static Head attention_head(const real* qkv, int T, int t0, int count, int C, int
     return head;
 }
 
-// out (B, T, C), lse (B, NH, T) from qkv (B, T, 3C), for positions from t0 on (earlier ones are there already)
-static void attention_forward(real* out, real* lse, const real* qkv, real* scratch, int B, int T, int t0, int C, int NH) {
+// out (B, T, C), lse (B, NH, T) from qkv (B, T, 3C),
+// for positions from t0 on (earlier ones are there already)
+static void attention_forward(real* out, real* lse, const real* qkv, real* scratch, int B, int T, int t0,
+                              int C, int NH) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < NH; h++) {
@@ -542,15 +567,18 @@ static void attention_forward(real* out, real* lse, const real* qkv, real* scrat
                 int keys = t + head.count;
                 attention_scores(p, &head, keys);
                 for (int i = 0; i < head.count; i++)
-                    lse[(size_t)(b * NH + h) * T + t + i] = softmax_causal(p + (size_t)i * T, t + i, keys, scale);
-                matmul(out + ((size_t)b * T + t) * C + (size_t)h * head.head_size, (size_t)C, matrix(p, (size_t)T, 1),
-                       matrix(head.v, head.stride, 1), head.count, head.head_size, keys, NULL, false);
+                    lse[(size_t)(b * NH + h) * T + t + i] =
+                        softmax_causal(p + (size_t)i * T, t + i, keys, scale);
+                matmul(out + ((size_t)b * T + t) * C + (size_t)h * head.head_size, (size_t)C,
+                       matrix(p, (size_t)T, 1), matrix(head.v, head.stride, 1), head.count, head.head_size,
+                       keys, NULL, false);
             }
         }
 }
 
 // One query's row: p from scores and lse, and ds = p (dp - sum_j p_j dp_j) scale, where the sum is dout . out
-static void attention_row_backward(real* RESTRICT p, real* RESTRICT ds, int t, int keys, real lse, real delta, real scale) {
+static void attention_row_backward(real* RESTRICT p, real* RESTRICT ds, int t, int keys, real lse, real delta,
+                                   real scale) {
 #pragma omp simd
     for (int j = 0; j <= t; j++) {
         p[j] = exp_real(scale * p[j] - lse);
@@ -559,45 +587,56 @@ static void attention_row_backward(real* RESTRICT p, real* RESTRICT ds, int t, i
     for (int j = t + 1; j < keys; j++) p[j] = ds[j] = 0;
 }
 
-// dqkv (B, T, 3C) = from dout (B, T, C). Query blocks go from last to first: the last sees every key, so it writes dk
-// and dv, and the others add.
-static void attention_backward(real* dqkv, const real* dout, const real* out, const real* lse, const real* qkv,
-                               real* scratch, int B, int T, int C, int NH) {
+// dqkv (B, T, 3C) = from dout (B, T, C). Query blocks go from last to first: the last sees every key,
+// so it writes dk and dv, and the others add.
+static void attention_backward(real* dqkv, const real* dout, const real* out, const real* lse,
+                               const real* qkv, real* scratch, int B, int T, int C, int NH) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < NH; h++) {
-            real *p = scratch + attention_scratch_size(T) * (size_t)thread_index(), *ds = p + (size_t)QUERY_ROWS * T;
+            real *p = scratch + attention_scratch_size(T) * (size_t)thread_index(),
+                 *ds = p + (size_t)QUERY_ROWS * T;
             real scale = 1 / (real)sqrt((double)(C / NH));
             for (int t = (T - 1) / QUERY_ROWS * QUERY_ROWS; t >= 0; t -= QUERY_ROWS) {
                 Head head = attention_head(qkv, T, t, min_int(QUERY_ROWS, T - t), C, NH, b, h);
                 int keys = t + head.count, size = head.head_size;
-                size_t at_t = ((size_t)b * T + t) * C + (size_t)h * size, stride = head.stride, T_ = (size_t)T;
+                size_t at_t = ((size_t)b * T + t) * C + (size_t)h * size, stride = head.stride,
+                       T_ = (size_t)T;
                 real* dq = dqkv + (head.q - qkv);
                 attention_scores(p, &head, keys);
-                matmul(ds, T_, matrix(dout + at_t, (size_t)C, 1), matrix(head.v, 1, stride), head.count, keys, size, NULL, false);
+                matmul(ds, T_, matrix(dout + at_t, (size_t)C, 1), matrix(head.v, 1, stride), head.count, keys,
+                       size, NULL, false);
                 for (int i = 0; i < head.count; i++) {
                     real delta = dot(dout + at_t + (size_t)i * C, out + at_t + (size_t)i * C, size);
                     attention_row_backward(p + i * T_, ds + i * T_, t + i, keys,
                                            lse[(size_t)(b * NH + h) * T + t + i], delta, scale);
                 }
-                matmul(dq + (size_t)t * stride, stride, matrix(ds, T_, 1), matrix(head.k, stride, 1), head.count, size, keys, NULL, false);
-                matmul(dq + C, stride, matrix(ds, 1, T_), matrix(head.q + (size_t)t * stride, stride, 1), keys, size, head.count, NULL, keys < T);
-                matmul(dq + 2 * C, stride, matrix(p, 1, T_), matrix(dout + at_t, (size_t)C, 1), keys, size, head.count, NULL, keys < T);
+                matmul(dq + (size_t)t * stride, stride, matrix(ds, T_, 1), matrix(head.k, stride, 1),
+                       head.count, size, keys, NULL, false);
+                matmul(dq + C, stride, matrix(ds, 1, T_), matrix(head.q + (size_t)t * stride, stride, 1),
+                       keys, size, head.count, NULL, keys < T);
+                matmul(dq + 2 * C, stride, matrix(p, 1, T_), matrix(dout + at_t, (size_t)C, 1), keys, size,
+                       head.count, NULL, keys < T);
             }
         }
 }
 
 // ------------------------------------------------------------------------------------------------
-// Sinkhorn-Knopp (mHC Eq. 9): alternate divisions by column and row sums make exp(a) doubly stochastic. Rows come last,
-// so that a row of R sums to 1 to rounding: the forward gain of any depth is 1. LANES tokens at a time, one a lane.
+// Sinkhorn-Knopp (mHC Eq. 9): alternate divisions by column and row sums make exp(a) doubly stochastic. Rows
+// come last, so that a row of R sums to 1 to rounding: the forward gain of any depth is 1.
+// LANES tokens at a time, one a lane.
 
 enum { LANES = 64 / sizeof(real) };
 typedef real Lane[LANES];
 
 // Whether division t of the run is by row sums; and how many there are.
-static bool divides_rows(int order, int t) { return order == ORDER_R || (order == ORDER_CR && t % 2) || (order == ORDER_RC && t % 2 == 0); }
+static bool divides_rows(int order, int t) {
+    return order == ORDER_R || (order == ORDER_CR && t % 2) || (order == ORDER_RC && t % 2 == 0);
+}
 static int division_count(const Config* c) {
-    return c->order == ORDER_NONE ? 0 : c->order == ORDER_CR || c->order == ORDER_RC ? 2 * c->iters : c->iters;
+    return c->order == ORDER_NONE                         ? 0
+           : c->order == ORDER_CR || c->order == ORDER_RC ? 2 * c->iters
+                                                          : c->iters;
 }
 
 // R (n, n) = exp(R - max): the largest of what is divided first cancels there. R[out][in].
@@ -609,11 +648,13 @@ INLINE void sinkhorn_exp(Lane* R, const Config* c, const int n) {
         memcpy(max, R[k * line], sizeof max);
         for (int e = 1; e < n; e++)
 #pragma omp simd
-            for (int l = 0; l < LANES; l++) max[l] = R[k * line + e * step][l] > max[l] ? R[k * line + e * step][l] : max[l];
+            for (int l = 0; l < LANES; l++)
+                max[l] = R[k * line + e * step][l] > max[l] ? R[k * line + e * step][l] : max[l];
         if (c->order == ORDER_NONE) memset(max, 0, sizeof max);
         for (int e = 0; e < n; e++)
 #pragma omp simd
-            for (int l = 0; l < LANES; l++) R[k * line + e * step][l] = exp_real(R[k * line + e * step][l] - max[l]);
+            for (int l = 0; l < LANES; l++)
+                R[k * line + e * step][l] = exp_real(R[k * line + e * step][l] - max[l]);
     }
 }
 
@@ -641,9 +682,9 @@ INLINE void sinkhorn_forward(Lane* R, Lane* sums, const Config* c, const int n) 
     }
 }
 
-// In: d (n, n), the gradient of R. Out: that of the logits. y = x / sum(x) gives dx = (dy - sum(dy * y)) / sum(x), and
-// x = y * sum(x): so the iterates are rebuilt on the way back. R becomes exp(logits). Not the implicit gradient: that
-// is wrong before convergence.
+// In: d (n, n), the gradient of R. Out: that of the logits. y = x / sum(x) gives dx = (dy - sum(dy * y)) /
+// sum(x), and x = y * sum(x): so the iterates are rebuilt on the way back. R becomes exp(logits). Not the
+// implicit gradient: that is wrong before convergence.
 INLINE void sinkhorn_backward(Lane* d, Lane* R, Lane* sums, const Config* c, const int n) {
     for (int t = division_count(c) - 1; t >= 0; t--) {
         bool rows = divides_rows(c->order, t);
@@ -655,7 +696,8 @@ INLINE void sinkhorn_backward(Lane* d, Lane* R, Lane* sums, const Config* c, con
             for (int l = 0; l < LANES; l++) along[l] = 0;
             for (int e = 0; e < n; e++)
 #pragma omp simd
-                for (int l = 0; l < LANES; l++) along[l] += d[k * line + e * step][l] * R[k * line + e * step][l];
+                for (int l = 0; l < LANES; l++)
+                    along[l] += d[k * line + e * step][l] * R[k * line + e * step][l];
 #pragma omp simd
             for (int l = 0; l < LANES; l++) inverse[l] = 1 / sum[l];
             for (int e = 0; e < n; e++)
@@ -672,31 +714,35 @@ INLINE void sinkhorn_backward(Lane* d, Lane* R, Lane* sums, const Config* c, con
 }
 
 // Calls f(n) with n constant, so that its loops over streams are unrolled.
-#define WITH_CONSTANT_N(n, f)                                                                                       \
-    switch (n) {                                                                                                    \
-        case 1: f(1); break;                                                                                        \
-        case 2: f(2); break;                                                                                        \
-        case 3: f(3); break;                                                                                        \
-        case 4: f(4); break;                                                                                        \
-        case 5: f(5); break;                                                                                        \
-        case 6: f(6); break;                                                                                        \
-        case 7: f(7); break;                                                                                        \
-        case 8: f(8); break;                                                                                        \
-        default: assert(!"n must be 1 .. 8");                                                                       \
+#define WITH_CONSTANT_N(n, f)                                                                                \
+    switch (n) {                                                                                             \
+        case 1: f(1); break;                                                                                 \
+        case 2: f(2); break;                                                                                 \
+        case 3: f(3); break;                                                                                 \
+        case 4: f(4); break;                                                                                 \
+        case 5: f(5); break;                                                                                 \
+        case 6: f(6); break;                                                                                 \
+        case 7: f(7); break;                                                                                 \
+        case 8: f(8); break;                                                                                 \
+        default: assert(!"n must be 1 .. 8");                                                                \
     }
 
 // ------------------------------------------------------------------------------------------------
-// Coefficients (mHC Eq. 7, 8; HC Eq. 5): how a sublayer reads the streams, writes them and mixes them, from the token's
-// state. A token has coef = pre (n) | post (n) | res (n, n)[out][in], and mix (M) = fn x / rms(x).
+// Coefficients (mHC Eq. 7, 8; HC Eq. 5): how a sublayer reads the streams, writes them and mixes them, from
+// the token's state. A token has coef = pre (n) | post (n) | res (n, n)[out][in],
+// and mix (M) = fn x / rms(x).
 
 typedef struct { const real *fn, *base, *scale; } Connection;
 typedef struct { real *fn, *base, *scale; } ConnectionGrads;
 
-static int map_of(int m, int n) { return m < n ? 0 : m < 2 * n ? 1 : 2; }       // pre, post, res: index into scale
+static int map_of(int m, int n) { return m < n ? 0 : m < 2 * n ? 1 : 2; } // pre, post, res: index into scale
 static bool map_on(const Config* c, int map) { return c->maps >> map & 1; }
 
-// The stream whose own state gives coefficient m in hc: column j of R comes from stream j. Elsewhere all give all.
-static int source_of(const Config* c, int m) { return !per_stream(c) ? 0 : m < 2 * c->n ? m % c->n : (m - 2 * c->n) % c->n; }
+// The stream whose own state gives coefficient m in hc: column j of R comes from stream j.
+// Elsewhere all give all.
+static int source_of(const Config* c, int m) {
+    return !per_stream(c) ? 0 : m < 2 * c->n ? m % c->n : (m - 2 * c->n) % c->n;
+}
 
 // Where coefficient m lies in a token's mix.
 static int place_of(const Config* c, int m) {
@@ -714,7 +760,8 @@ static void coefficient_logits(Lane* a, const Config* c, const real* mix, Connec
     for (int m = 0; m < M; m++) {
         int place = place_of(c, m);
         real scale = c->is_static ? 0 : p.scale[map_of(m, c->n)];
-        for (int l = 0; l < LANES; l++) a[m][l] = scale * gate(c, mix[min_int(l, tokens - 1) * M + place]) + p.base[m];
+        for (int l = 0; l < LANES; l++)
+            a[m][l] = scale * gate(c, mix[min_int(l, tokens - 1) * M + place]) + p.base[m];
     }
 }
 
@@ -743,7 +790,8 @@ static void coefficients_forward(real* coef, const Config* c, const real* mix, C
     if (!per_stream(c)) {
         for (int m = 0; m < 2 * n; m++)
 #pragma omp simd
-            for (int l = 0; l < LANES; l++) a[m][l] = (real)(m < n ? 1 : 2) * sigmoid(a[m][l]);    // write 1 at the start
+            for (int l = 0; l < LANES; l++)
+                a[m][l] = (real)(m < n ? 1 : 2) * sigmoid(a[m][l]); // write 1 at the start
         if (c->residual == RESIDUAL_MHC && map_on(c, 2)) sinkhorn_lanes(a + 2 * n, NULL, c);
     }
     for (int m = 0; m < count; m++) {
@@ -752,8 +800,10 @@ static void coefficients_forward(real* coef, const Config* c, const real* mix, C
     }
 }
 
-// In: d (n*n + 2n), the gradients of coef. Out: those of a, before sigmoid and Sinkhorn. Zero for a map that is off.
-static void coefficient_logits_backward(Lane* d, const Config* c, const real* coef, const real* mix, Connection p, int tokens) {
+// In: d (n*n + 2n), the gradients of coef. Out: those of a, before sigmoid and Sinkhorn.
+// Zero for a map that is off.
+static void coefficient_logits_backward(Lane* d, const Config* c, const real* coef, const real* mix,
+                                        Connection p, int tokens) {
     static __thread Lane a[MAX_M], sums[2 * MAX_ITERS * MAX_N];
     int n = c->n, count = coefficient_count(c);
     for (int m = 0; m < 2 * n; m++) {
@@ -781,8 +831,8 @@ typedef struct {
 } CoefficientGrads;
 
 // base, scale, z and shrink of g from g.coef, tokens <= LANES; all pointers at the first of these tokens
-static void coefficients_backward(CoefficientGrads g, const Config* c, const real* coef, const real* mix, const real* rnorm,
-                                  Connection p, int tokens) {
+static void coefficients_backward(CoefficientGrads g, const Config* c, const real* coef, const real* mix,
+                                  const real* rnorm, Connection p, int tokens) {
     Lane d[MAX_M];
     int n = c->n, count = coefficient_count(c), M = projection_M(c), groups = projection_groups(c);
     memset(d, 0, sizeof d);
@@ -810,7 +860,8 @@ static void coefficients_backward(CoefficientGrads g, const Config* c, const rea
 // Read and write (mHC Eq. 3):  u = pre x,  y = res x + post f.  One token each.
 
 // u (C) from x (n, C)
-INLINE void read_forward(real* RESTRICT u, const real* RESTRICT x, const real* RESTRICT pre, int C, const int n) {
+INLINE void read_forward(real* RESTRICT u, const real* RESTRICT x, const real* RESTRICT pre, int C,
+                         const int n) {
 #pragma omp simd
     for (int ch = 0; ch < C; ch++) {
         real sum = 0;
@@ -820,8 +871,8 @@ INLINE void read_forward(real* RESTRICT u, const real* RESTRICT x, const real* R
 }
 
 // y (n, C) from x (n, C), f (C)
-INLINE void write_forward(real* RESTRICT y, const real* RESTRICT x, const real* RESTRICT f, const real* RESTRICT coef,
-                          int C, const int n) {
+INLINE void write_forward(real* RESTRICT y, const real* RESTRICT x, const real* RESTRICT f,
+                          const real* RESTRICT coef, int C, const int n) {
     const real *post = coef + n, *res = coef + 2 * n;
 #pragma omp simd
     for (int ch = 0; ch < C; ch++)
@@ -853,9 +904,10 @@ INLINE void write_backward(real* RESTRICT d, real* RESTRICT df, real* RESTRICT d
     }
 }
 
-// dx (n, C) += pre du - shrink x: the read, and the projection's division by rms(x). shrink (n), one for each stream
-INLINE void read_backward(real* RESTRICT dx, const real* RESTRICT du, const real* RESTRICT x, const real* RESTRICT pre,
-                          const real* RESTRICT shrink, int C, const int n) {
+// dx (n, C) += pre du - shrink x: the read, and the projection's division by rms(x).
+// shrink (n), one for each stream
+INLINE void read_backward(real* RESTRICT dx, const real* RESTRICT du, const real* RESTRICT x,
+                          const real* RESTRICT pre, const real* RESTRICT shrink, int C, const int n) {
 #pragma omp simd
     for (int ch = 0; ch < C; ch++)
         for (int i = 0; i < n; i++) dx[i * C + ch] += pre[i] * du[ch] - shrink[i] * x[i * C + ch];
@@ -864,11 +916,13 @@ INLINE void read_backward(real* RESTRICT dx, const real* RESTRICT du, const real
 // ------------------------------------------------------------------------------------------------
 // Activations. One function lays them out; called without memory it only counts, which is the memory plan.
 
-static real* carve(Arena* arena, const char* what, size_t count) { return (real*)plan_carve(arena, what, count, sizeof(real)); }
+static real* carve(Arena* arena, const char* what, size_t count) {
+    return (real*)plan_carve(arena, what, count, sizeof(real));
+}
 
 typedef struct {                // of one sublayer, rows = B * T
     real *coef, *mix, *rnorm;   // (rows, n*n + 2n), (rows, M), (rows, groups)
-    real *u, *stats, *ln, *f;   // (rows, C) what is read, (rows, 2), (rows, C) F's input, (rows, C) F's output
+    real *u, *stats, *ln, *f; // (rows, C) what is read, (rows, 2), (rows, C) F's input, (rows, C) F's output
     real *qkv, *lse, *attn;     // attention: (rows, 3C), (B, NH, T), (rows, C)
     real *fc, *gelu;            // MLP: (rows, 4C) before and after GELU
 } Sublayer;
@@ -907,7 +961,8 @@ static int automatic_block(const Config* c) {
     return block < 1 ? 1 : block;
 }
 
-static void layout_sublayer(Sublayer* s, Arena* arena, const Config* c, int k, size_t rows, size_t T, bool training) {
+static void layout_sublayer(Sublayer* s, Arena* arena, const Config* c, int k, size_t rows, size_t T,
+                            bool training) {
     size_t C = (size_t)c->C;
     s->coef = carve(arena, "coefficients", rows * (size_t)coefficient_count(c));
     if (k % 2 == 0) s->qkv = carve(arena, "activations", rows * 3 * C);
@@ -943,9 +998,10 @@ static void layout_states(Activations* a, Arena* arena, const Config* c, size_t 
 }
 
 // Everything that a step of B sequences of T tokens needs, after activations_open.
-static void activations_layout(Activations* a, Arena* arena, const Config* c, int B, int T, int block, bool training) {
+static void activations_layout(Activations* a, Arena* arena, const Config* c, int B, int T, int block,
+                               bool training) {
     size_t rows = (size_t)B * (size_t)T, C = (size_t)c->C, M = (size_t)projection_M(c);
-    enum { LOGITS_BYTES = 32 << 20 };           // rows of logits that exist at once: enough to fill the product
+    enum { LOGITS_BYTES = 32 << 20 }; // rows of logits that exist at once: enough to fill the product
     size_t chunk = LOGITS_BYTES / sizeof(real) / (size_t)c->V;
     a->B = B;
     a->T = T;
@@ -986,8 +1042,8 @@ static void model_memory(Model* m, Arena* arena, bool training) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Sublayers: connection, F, connection. row0 is the first row that is computed: rows before it are there already
-// (only when text is generated, one sequence).
+// Sublayers: connection, F, connection. row0 is the first row that is computed: rows before it are there
+// already (only when text is generated, one sequence).
 
 typedef struct { int B, T, row0, rows; } Span;      // rows = B * T - row0
 
@@ -1000,7 +1056,8 @@ static Connection connection_of(const Model* m, int k) {
 }
 
 static ConnectionGrads connection_grads(const Model* m, int k) {
-    ConnectionGrads g = {grad(m, k % 2 ? MLP_FN : ATTN_FN, k / 2), grad(m, k % 2 ? MLP_BASE : ATTN_BASE, k / 2),
+    ConnectionGrads g = {grad(m, k % 2 ? MLP_FN : ATTN_FN, k / 2),
+                         grad(m, k % 2 ? MLP_BASE : ATTN_BASE, k / 2),
                          grad(m, k % 2 ? MLP_SCALE : ATTN_SCALE, k / 2)};
     return g;
 }
@@ -1008,7 +1065,8 @@ static ConnectionGrads connection_grads(const Model* m, int k) {
 // mix (rows, M) = fn x, not yet divided by rms(x): that is the same afterwards, and cheaper
 static void project(const Config* c, real* mix, const real* x, const real* fn, int rows) {
     int groups = projection_groups(c), width = projection_width(c), outs = projection_outs(c);
-    matmul(mix, (size_t)outs, matrix(x, (size_t)width, 1), matrix(fn, 1, (size_t)width), rows * groups, outs, width, NULL, false);
+    matmul(mix, (size_t)outs, matrix(x, (size_t)width, 1), matrix(fn, 1, (size_t)width), rows * groups, outs,
+           width, NULL, false);
 }
 
 // mix /= rms(x) for tokens <= LANES, and rnorm = 1 / rms(x)
@@ -1034,11 +1092,13 @@ static void read_tokens(real* u, const Config* c, const real* x, const real* coe
 static void connection_forward(const Model* m, Sublayer* s, const real* x, int k, Span span) {
     const Config* c = &m->c;
     Connection p = {NULL, NULL, NULL};
-    const real *weight = param(m, k % 2 ? LN_2_W : LN_1_W, k / 2), *bias = param(m, k % 2 ? LN_2_B : LN_1_B, k / 2);
+    const real *weight = param(m, k % 2 ? LN_2_W : LN_1_W, k / 2),
+               *bias = param(m, k % 2 ? LN_2_B : LN_1_B, k / 2);
     int C = c->C, M = projection_M(c), groups = projection_groups(c), last = span.row0 + span.rows;
     if (has_connections(c)) {
         p = connection_of(m, k);
-        if (!c->is_static) project(c, s->mix + (size_t)span.row0 * M, row_of(x, span.row0, c->n * C), p.fn, span.rows);
+        if (!c->is_static)
+            project(c, s->mix + (size_t)span.row0 * M, row_of(x, span.row0, c->n * C), p.fn, span.rows);
     }
 #pragma omp parallel for schedule(static)
     for (int r = span.row0; r < last; r += LANES) {
@@ -1052,7 +1112,8 @@ static void connection_forward(const Model* m, Sublayer* s, const real* x, int k
             u = row_of(s->u, r, C);
         }
         for (int t = 0; t < tokens; t++)
-            layernorm_forward(s->ln + (size_t)(r + t) * C, s->stats + (size_t)(r + t) * 2, row_of(u, t, C), weight, bias, C);
+            layernorm_forward(s->ln + (size_t)(r + t) * C, s->stats + (size_t)(r + t) * 2, row_of(u, t, C),
+                              weight, bias, C);
     }
 }
 
@@ -1073,14 +1134,16 @@ static void connection_write(const Config* c, real* y, const real* x, const Subl
 }
 
 // In: dstate of y. Out: dstate of x without the read's part, df (rows, C), gradients of post and res
-static void connection_write_backward(const Config* c, Activations* a, real* df, const real* x, const Sublayer* s, int rows) {
+static void connection_write_backward(const Config* c, Activations* a, real* df, const real* x,
+                                      const Sublayer* s, int rows) {
     int n = c->n, C = c->C, count = coefficient_count(c);
 #pragma omp parallel for schedule(static)
     for (int r = 0; r < rows; r++) {
         real *d = a->dstate + (size_t)r * n * C, *dfr = df + (size_t)r * C;
         if (has_connections(c)) {
-#define WRITE(n) write_backward(d, dfr, a->g.coef + (size_t)r * count, row_of(x, r, n * C), row_of(s->f, r, C), \
-                                row_of(s->coef, r, count), C, n)
+#define WRITE(n)                                                                                             \
+    write_backward(d, dfr, a->g.coef + (size_t)r * count, row_of(x, r, n * C), row_of(s->f, r, C),           \
+                   row_of(s->coef, r, count), C, n)
             WITH_CONSTANT_N(n, WRITE)
 #undef WRITE
         } else {
@@ -1091,7 +1154,8 @@ static void connection_write_backward(const Config* c, Activations* a, real* df,
 }
 
 // dx += the read's part and that through rms(x), for tokens <= LANES from row r; du and g.shrink are there
-static void read_tokens_backward(const Config* c, Activations* a, const real* x, const Sublayer* s, int r, int tokens) {
+static void read_tokens_backward(const Config* c, Activations* a, const real* x, const Sublayer* s, int r,
+                                 int tokens) {
     int n = c->n, C = c->C, count = coefficient_count(c), groups = projection_groups(c);
     for (int t = r; t < r + tokens; t++) {
         real shrink[MAX_N];
@@ -1105,27 +1169,30 @@ static void read_tokens_backward(const Config* c, Activations* a, const real* x,
 
 static CoefficientGrads coefficient_grads_at(CoefficientGrads g, const Config* c, int row) {
     size_t r = (size_t)row, M = (size_t)projection_M(c);
-    CoefficientGrads moved = {g.coef + r * (size_t)coefficient_count(c), g.base + r * M, g.scale + r * M, g.z + r * M,
-                              g.shrink + r * (size_t)projection_groups(c)};
+    CoefficientGrads moved = {g.coef + r * (size_t)coefficient_count(c), g.base + r * M, g.scale + r * M,
+                              g.z + r * M, g.shrink + r * (size_t)projection_groups(c)};
     return moved;
 }
 
 // LayerNorm, read and coefficients back, for tokens <= LANES from row r. a->dln is there.
-static void connection_tokens_backward(const Model* m, Activations* a, const real* x, const Sublayer* s, int k, int r, int tokens) {
+static void connection_tokens_backward(const Model* m, Activations* a, const real* x, const Sublayer* s,
+                                       int k, int r, int tokens) {
     const Config* c = &m->c;
     int n = c->n, C = c->C, count = coefficient_count(c), M = projection_M(c), groups = projection_groups(c);
     const real *weight = param(m, k % 2 ? LN_2_W : LN_1_W, k / 2), *u = has_connections(c) ? s->u : x;
     for (int t = r; t < r + tokens; t++) {
         real* du = a->du + (size_t)t * C;
-        layernorm_backward(du, a->xhat + (size_t)t * C, row_of(a->dln, t, C), row_of(s->stats, t, 2), row_of(u, t, C), weight, C);
+        layernorm_backward(du, a->xhat + (size_t)t * C, row_of(a->dln, t, C), row_of(s->stats, t, 2),
+                           row_of(u, t, C), weight, C);
         if (has_connections(c))
-            for (int i = 0; i < n; i++) a->g.coef[(size_t)t * count + i] = dot(du, row_of(x, t * n + i, C), C);
+            for (int i = 0; i < n; i++)
+                a->g.coef[(size_t)t * count + i] = dot(du, row_of(x, t * n + i, C), C);
         else
             for (int ch = 0; ch < C; ch++) a->dstate[(size_t)t * C + ch] += du[ch];
     }
     if (!has_connections(c)) return;
-    coefficients_backward(coefficient_grads_at(a->g, c, r), c, row_of(s->coef, r, count), row_of(s->mix, r, M),
-                          row_of(s->rnorm, r, groups), connection_of(m, k), tokens);
+    coefficients_backward(coefficient_grads_at(a->g, c, r), c, row_of(s->coef, r, count),
+                          row_of(s->mix, r, M), row_of(s->rnorm, r, groups), connection_of(m, k), tokens);
     read_tokens_backward(c, a, x, s, r, tokens);
 }
 
@@ -1134,7 +1201,8 @@ static void connection_backward(Model* m, Activations* a, const real* x, const S
     const Config* c = &m->c;
     int n = c->n, C = c->C, M = projection_M(c);
 #pragma omp parallel for schedule(static)
-    for (int r = 0; r < rows; r += LANES) connection_tokens_backward(m, a, x, s, k, r, min_int(LANES, rows - r));
+    for (int r = 0; r < rows; r += LANES)
+        connection_tokens_backward(m, a, x, s, k, r, min_int(LANES, rows - r));
     add_column_sums(grad(m, k % 2 ? LN_2_W : LN_1_W, k / 2), a->dln, a->xhat, rows, C);
     add_column_sums(grad(m, k % 2 ? LN_2_B : LN_1_B, k / 2), a->dln, NULL, rows, C);
     if (!has_connections(c)) return;
@@ -1146,8 +1214,10 @@ static void connection_backward(Model* m, Activations* a, const real* x, const S
     for (int i = 0; i < M; i++) g.scale[map_of(i, n)] += scale_terms[i];
     if (c->is_static) return;
     int groups = projection_groups(c), width = projection_width(c), outs = projection_outs(c);
-    matmul(a->dstate, (size_t)width, matrix(a->g.z, (size_t)outs, 1), matrix(p.fn, (size_t)width, 1), rows * groups, width, outs, NULL, true);
-    matmul(g.fn, (size_t)width, matrix(a->g.z, 1, (size_t)outs), matrix(x, (size_t)width, 1), outs, width, rows * groups, NULL, true);
+    matmul(a->dstate, (size_t)width, matrix(a->g.z, (size_t)outs, 1), matrix(p.fn, (size_t)width, 1),
+           rows * groups, width, outs, NULL, true);
+    matmul(g.fn, (size_t)width, matrix(a->g.z, 1, (size_t)outs), matrix(x, (size_t)width, 1), outs, width,
+           rows * groups, NULL, true);
 }
 
 // s->f = F(s->ln): attention in even sublayers, MLP in odd ones
@@ -1155,28 +1225,37 @@ static void sublayer_forward(const Model* m, const Activations* a, Sublayer* s, 
     int C = m->c.C, l = k / 2, rows = span.rows, T = span.T;
     size_t r = (size_t)span.row0, C_ = (size_t)C;
     if (k % 2 == 0) {
-        linear_forward(s->qkv + r * 3 * C_, s->ln + r * C_, param(m, C_ATTN_W, l), param(m, C_ATTN_B, l), rows, C, 3 * C);
+        linear_forward(s->qkv + r * 3 * C_, s->ln + r * C_, param(m, C_ATTN_W, l), param(m, C_ATTN_B, l),
+                       rows, C, 3 * C);
         attention_forward(s->attn, s->lse, s->qkv, a->scratch, span.B, T, span.row0, C, m->c.NH);
-        linear_forward(s->f + r * C_, s->attn + r * C_, param(m, ATTN_PROJ_W, l), param(m, ATTN_PROJ_B, l), rows, C, C);
+        linear_forward(s->f + r * C_, s->attn + r * C_, param(m, ATTN_PROJ_W, l), param(m, ATTN_PROJ_B, l),
+                       rows, C, C);
     } else {
-        linear_forward(s->fc + r * 4 * C_, s->ln + r * C_, param(m, C_FC_W, l), param(m, C_FC_B, l), rows, C, 4 * C);
+        linear_forward(s->fc + r * 4 * C_, s->ln + r * C_, param(m, C_FC_W, l), param(m, C_FC_B, l), rows, C,
+                       4 * C);
         gelu_forward(s->gelu + r * 4 * C_, s->fc + r * 4 * C_, (size_t)rows * 4 * C_);
-        linear_forward(s->f + r * C_, s->gelu + r * 4 * C_, param(m, MLP_PROJ_W, l), param(m, MLP_PROJ_B, l), rows, 4 * C, C);
+        linear_forward(s->f + r * C_, s->gelu + r * 4 * C_, param(m, MLP_PROJ_W, l), param(m, MLP_PROJ_B, l),
+                       rows, 4 * C, C);
     }
 }
 
 // a->dln (rows, C) = from df (rows, C)
-static void sublayer_backward(Model* m, Activations* a, const Sublayer* s, const real* df, int k, int B, int T) {
+static void sublayer_backward(Model* m, Activations* a, const Sublayer* s, const real* df, int k, int B,
+                              int T) {
     int C = m->c.C, l = k / 2, rows = B * T;
     if (k % 2 == 0) {
         real* dattn = a->du;                // free until the connection's backward
-        linear_backward(dattn, grad(m, ATTN_PROJ_W, l), grad(m, ATTN_PROJ_B, l), df, s->attn, param(m, ATTN_PROJ_W, l), rows, C, C);
+        linear_backward(dattn, grad(m, ATTN_PROJ_W, l), grad(m, ATTN_PROJ_B, l), df, s->attn,
+                        param(m, ATTN_PROJ_W, l), rows, C, C);
         attention_backward(a->dwide, dattn, s->attn, s->lse, s->qkv, a->scratch, B, T, C, m->c.NH);
-        linear_backward(a->dln, grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), a->dwide, s->ln, param(m, C_ATTN_W, l), rows, C, 3 * C);
+        linear_backward(a->dln, grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), a->dwide, s->ln,
+                        param(m, C_ATTN_W, l), rows, C, 3 * C);
     } else {
-        linear_backward(a->dwide, grad(m, MLP_PROJ_W, l), grad(m, MLP_PROJ_B, l), df, s->gelu, param(m, MLP_PROJ_W, l), rows, 4 * C, C);
+        linear_backward(a->dwide, grad(m, MLP_PROJ_W, l), grad(m, MLP_PROJ_B, l), df, s->gelu,
+                        param(m, MLP_PROJ_W, l), rows, 4 * C, C);
         gelu_backward(a->dwide, s->fc, (size_t)rows * 4 * (size_t)C);
-        linear_backward(a->dln, grad(m, C_FC_W, l), grad(m, C_FC_B, l), a->dwide, s->ln, param(m, C_FC_W, l), rows, C, 4 * C);
+        linear_backward(a->dln, grad(m, C_FC_W, l), grad(m, C_FC_B, l), a->dwide, s->ln, param(m, C_FC_W, l),
+                        rows, C, 4 * C);
     }
 }
 
@@ -1237,8 +1316,8 @@ static void readout_backward(Model* m, Activations* a, int rows) {
 #pragma omp parallel for schedule(static)
     for (int r = 0; r < rows; r++) {
         real *d = a->dstate + (size_t)r * n * C, *du = a->du + (size_t)r * C;
-        layernorm_backward(du, a->xhat + (size_t)r * C, row_of(a->dln, r, C), row_of(a->stats, r, 2), row_of(a->mean, r, C),
-                           param(m, LN_F_W, 0), C);
+        layernorm_backward(du, a->xhat + (size_t)r * C, row_of(a->dln, r, C), row_of(a->stats, r, 2),
+                           row_of(a->mean, r, C), param(m, LN_F_W, 0), C);
         for (int i = 0; i < n; i++)
             for (int ch = 0; ch < C; ch++) d[i * C + ch] = du[ch] / (real)n;
     }
@@ -1263,12 +1342,12 @@ static real cross_entropy(real* RESTRICT row, int target, real scale, int V) {
 // logits (count, V) of rows from a->ln
 static void head_logits(const Model* m, const Activations* a, real* logits, int row, int count) {
     int C = m->c.C, V = m->c.V;
-    matmul(logits, (size_t)V, matrix(row_of(a->ln, row, C), (size_t)C, 1), matrix(param(m, WTE, 0), 1, (size_t)C),
-           count, V, C, NULL, false);
+    matmul(logits, (size_t)V, matrix(row_of(a->ln, row, C), (size_t)C, 1),
+           matrix(param(m, WTE, 0), 1, (size_t)C), count, V, C, NULL, false);
 }
 
-// a->losses (rows), nats. With scale > 0 also the head's way back: a->dln, m->head_grads, for the loss times scale. The
-// logits exist for head_rows rows at a time, and turn into their gradient in place.
+// a->losses (rows), nats. With scale > 0 also the head's way back: a->dln, m->head_grads, for the loss times
+// scale. The logits exist for head_rows rows at a time, and turn into their gradient in place.
 static void head(Model* m, Activations* a, const int32_t* targets, int rows, real scale) {
     int C = m->c.C, V = m->c.V;
     const real* wte = param(m, WTE, 0);
@@ -1280,8 +1359,10 @@ static void head(Model* m, Activations* a, const int32_t* targets, int rows, rea
         for (int i = 0; i < count; i++)
             a->losses[r + i] = cross_entropy(a->logits + (size_t)i * V, targets[r + i], scale, V);
         if (scale <= 0) continue;
-        matmul(a->dln + first, (size_t)C, matrix(a->logits, (size_t)V, 1), matrix(wte, (size_t)C, 1), count, C, V, NULL, false);
-        matmul(m->head_grads, (size_t)C, matrix(a->logits, 1, (size_t)V), matrix(a->ln + first, (size_t)C, 1), V, C, count, NULL, true);
+        matmul(a->dln + first, (size_t)C, matrix(a->logits, (size_t)V, 1), matrix(wte, (size_t)C, 1), count,
+               C, V, NULL, false);
+        matmul(m->head_grads, (size_t)C, matrix(a->logits, 1, (size_t)V), matrix(a->ln + first, (size_t)C, 1),
+               V, C, count, NULL, true);
     }
 }
 
@@ -1291,7 +1372,8 @@ static void head(Model* m, Activations* a, const int32_t* targets, int rows, rea
 typedef struct { double forward_max, forward_min, backward_max, backward_min; } Gain;
 enum { GAIN_FIELDS = sizeof(Gain) / sizeof(double) };
 
-// g += those of G (n, n): the largest and smallest |row sum| (what the signal is multiplied by) and |column sum| (the gradient)
+// g += those of G (n, n): the largest and smallest |row sum| (what the signal is
+// multiplied by) and |column sum| (the gradient)
 static void gain_add(Gain* g, const double* G, int n, double weight) {
     Gain one = {0, INFINITY, 0, INFINITY};
     for (int i = 0; i < n; i++) {
@@ -1319,7 +1401,8 @@ static void residual_mapping(double* R, const Config* c, const Sublayer* s, int 
         for (int e = 0; e < n * n; e++) R[e] = (double)s->coef[(size_t)row * count + 2 * n + e];
 }
 
-// single[k]: gains of sublayer k's R; composite[k]: of R_{2L-1} .. R_k. Means over the T rows of a forward pass.
+// single[k]: gains of sublayer k's R; composite[k]: of R_{2L-1} .. R_k.
+// Means over the T rows of a forward pass.
 static void model_gains(Gain* single, Gain* composite, const Config* c, const Activations* a, int T) {
     int n = c->n, last = 2 * c->L - 1;
     memset(single, 0, sizeof(Gain) * (size_t)(last + 1));
@@ -1331,7 +1414,8 @@ static void model_gains(Gain* single, Gain* composite, const Config* c, const Ac
             for (int i = 0; i < n; i++)
                 for (int j = 0; j < n; j++) {
                     next[i * n + j] = k == last ? R[i * n + j] : 0;
-                    for (int h = 0; k < last && h < n; h++) next[i * n + j] += product[i * n + h] * R[h * n + j];
+                    for (int h = 0; k < last && h < n; h++)
+                        next[i * n + j] += product[i * n + h] * R[h * n + j];
                 }
             memcpy(product, next, sizeof product);
             gain_add(&single[k], R, n, 1.0 / T);
@@ -1340,7 +1424,8 @@ static void model_gains(Gain* single, Gain* composite, const Config* c, const Ac
     }
 }
 
-// Eigenvalues of the symmetric S (n, n), on its diagonal afterwards: Jacobi's rotations until nothing is off it.
+// Eigenvalues of the symmetric S (n, n), on its diagonal afterwards:
+// Jacobi's rotations until nothing is off it.
 static void eigenvalues(double* S, int n) {
     for (int sweep = 0; sweep < 30; sweep++)
         for (int p = 0; p < n; p++)
@@ -1362,7 +1447,8 @@ static void eigenvalues(double* S, int n) {
             }
 }
 
-// exp of the entropy of the singular values: how many directions the n streams really span. gram (n, n) = x x^T
+// exp of the entropy of the singular values: how many directions the n streams really span.
+// gram (n, n) = x x^T
 static double effective_rank(double* gram, int n) {
     double sum = 0, entropy = 0;
     eigenvalues(gram, n);
@@ -1380,7 +1466,8 @@ static void stream_statistics(StreamStats* s, const real* state, int rows, int n
     for (int r = 0; r < rows; r++) {
         double gram[MAX_N * MAX_N], trace = 0, cosine = 0;
         for (int i = 0; i < n; i++)
-            for (int j = 0; j < n; j++) gram[i * n + j] = (double)dot(row_of(state, r * n + i, C), row_of(state, r * n + j, C), C);
+            for (int j = 0; j < n; j++)
+                gram[i * n + j] = (double)dot(row_of(state, r * n + i, C), row_of(state, r * n + j, C), C);
         for (int i = 0; i < n; i++) trace += gram[i * n + i];
         for (int i = 0; i < n; i++) {
             s->share[i] += gram[i * n + i] / trace / rows;
@@ -1449,7 +1536,8 @@ static double mean_loss(const Activations* a, int rows) {
 }
 
 // One micro-batch of M: gradients += those of its share of the mean loss; returns its own mean loss
-static double forward_backward(Model* m, Activations* a, const int32_t* tokens, const int32_t* targets, int B, int T, int M) {
+static double forward_backward(Model* m, Activations* a, const int32_t* tokens, const int32_t* targets, int B,
+                               int T, int M) {
     model_forward(m, a, tokens, B, T, 0);
     head(m, a, targets, B * T, 1 / ((real)B * (real)T * (real)M));
     model_backward(m, a, tokens, B, T);
@@ -1461,11 +1549,13 @@ static double forward_backward(Model* m, Activations* a, const int32_t* tokens, 
 
 // Learning rate of update s = 0, 1, ..
 static double learning_rate(const Options* o, long s) {
-    double p = s < o->warmup || o->steps <= o->warmup ? 0 : (double)(s - o->warmup) / (double)(o->steps - o->warmup);
+    double p =
+        s < o->warmup || o->steps <= o->warmup ? 0 : (double)(s - o->warmup) / (double)(o->steps - o->warmup);
     double least = o->min_lr_frac, done = (double)s / (double)o->steps;
     if (s < o->warmup) return o->lr * (double)(s + 1) / (double)o->warmup;
     switch (o->schedule) {
-        case SCHEDULE_COSINE: return o->lr * (least + (1 - least) * 0.5 * (1 + cos(3.141592653589793 * fmin(p, 1))));
+        case SCHEDULE_COSINE:
+            return o->lr * (least + (1 - least) * 0.5 * (1 + cos(3.141592653589793 * fmin(p, 1))));
         case SCHEDULE_LINEAR: return o->lr * (1 - (1 - least) * fmin(p, 1));
         case SCHEDULE_WSD: return o->lr * (done < 0.8 ? 1 : 1 - (1 - least) * fmin((done - 0.8) / 0.2, 1));
         case SCHEDULE_STEP: return o->lr * (done < 0.8 ? 1 : done < 0.9 ? 0.316 : 0.1);
@@ -1495,11 +1585,15 @@ static double square_sum(const real* numbers, size_t count) {
 // Norm of all gradients, per tensor and in table order, so that it is the same however a model is divided
 static double gradient_norm(const Model* m) {
     double sum = 0;
-    for (int i = 0; i < m->tensor_count; i++) sum += square_sum(m->grads + m->tensors[i].first, tensor_size(&m->tensors[i]));
+    for (int i = 0; i < m->tensor_count; i++)
+        sum += square_sum(m->grads + m->tensors[i].first, tensor_size(&m->tensors[i]));
     return sqrt(sum);
 }
 
-typedef struct { double lr, beta1, beta2, eps, decay, clip; long step; } Update;      // step: 1, 2, .. ; clip multiplies gradients
+typedef struct {
+    double lr, beta1, beta2, eps, decay, clip;
+    long step;
+} Update; // step: 1, 2, .. ; clip multiplies gradients
 
 // AdamW on one tensor (decoupled decay, bias correction)
 static void adamw_tensor(Model* m, const Tensor* t, const Update* u) {
@@ -1535,7 +1629,8 @@ static const Tensor* first_nonfinite(const Model* m, const real* numbers) {
 // ------------------------------------------------------------------------------------------------
 // Speed: floating-point operations of a step, and the most this machine can do
 
-// Per token, forward and backward: 6 for each weight a token meets, attention, and what connections read, write and mix.
+// Per token, forward and backward: 6 for each weight a token meets, attention,
+// and what connections read, write and mix.
 static double flops_per_token(const Model* m, int T) {
     const Config* c = &m->c;
     double n = c->n, connections = has_connections(c) ? 6 * (n * n + 2 * n) * c->C * 2 * c->L : 0;
@@ -1596,7 +1691,7 @@ typedef struct {
     Bpe bpe;
     bool has_bpe, has_val;
     Tokens train, val;
-    char* corpus;               // the built-in text and its information per byte, if that is what is trained on
+    char* corpus; // the built-in text and its information per byte, if that is what is trained on
     float* nats;
     int32_t *tokens, *targets;  // (B, T) of the current micro-batch
     long step;                  // finished updates
@@ -1646,7 +1741,8 @@ static bool open_data(Run* run, Error* e) {
     if (o->tokenizer[0] && !bpe_open(&run->bpe, o->tokenizer, e)) return false;
     run->has_bpe = o->tokenizer[0] != 0;
     if (o->generate[0]) return true;            // its text is the prompt
-    if (!o->data[0] && o->val_data[0]) return fail(e, "--val-data: found without --data, expected both, name the training data too");
+    if (!o->data[0] && o->val_data[0])
+        return fail(e, "--val-data: found without --data, expected both, name the training data too");
     if (!o->data[0]) open_corpus(run);
     else if (!open_shards_or_text(run, e)) return false;
     if (!o->vocab) o->vocab = tokens_default_vocab(&run->train);
@@ -1654,13 +1750,15 @@ static bool open_data(Run* run, Error* e) {
     return !run->has_val || tokens_check(&run->val, (int)o->seq, e);
 }
 
-// The micro-batch of an update: a function of the seed and of the sequence's number, so no loader needs a state
+// The micro-batch of an update: a function of the seed and of the sequence's number,
+// so no loader needs a state
 static bool training_batch(Run* run, long step, long micro, Error* e) {
     const Options* o = &run->o;
     for (long row = 0; row < o->batch; row++) {
-        uint64_t g = ((uint64_t)step * (uint64_t)o->micro_batches + (uint64_t)micro) * (uint64_t)o->batch + (uint64_t)row;
-        if (!tokens_train_window(&run->train, (uint64_t)o->seed, g, run->c.T, run->c.V, run->tokens + row * o->seq,
-                                 run->targets + row * o->seq, e))
+        uint64_t g = ((uint64_t)step * (uint64_t)o->micro_batches + (uint64_t)micro) * (uint64_t)o->batch +
+                     (uint64_t)row;
+        if (!tokens_train_window(&run->train, (uint64_t)o->seed, g, run->c.T, run->c.V,
+                                 run->tokens + row * o->seq, run->targets + row * o->seq, e))
             return false;
     }
     return true;
@@ -1670,7 +1768,8 @@ static bool training_batch(Run* run, long step, long micro, Error* e) {
 
 // Windows a validation looks at
 static uint64_t validation_windows(const Run* run) {
-    uint64_t wanted = (uint64_t)run->o.val_batches * (uint64_t)run->o.batch, there = tokens_val_windows(&run->val, run->c.T);
+    uint64_t wanted = (uint64_t)run->o.val_batches * (uint64_t)run->o.batch,
+             there = tokens_val_windows(&run->val, run->c.T);
     return wanted < there ? wanted : there;
 }
 
@@ -1681,7 +1780,8 @@ static bool validation_loss(Run* run, double* loss, Error* e) {
     for (uint64_t w = 0; w < windows;) {
         int B = 0;
         for (; B < run->o.batch && w < windows; B++, w++)
-            if (!tokens_val_window(&run->val, w, T, run->c.V, run->tokens + B * T, run->targets + B * T, e)) return false;
+            if (!tokens_val_window(&run->val, w, T, run->c.V, run->tokens + B * T, run->targets + B * T, e))
+                return false;
         model_forward(&run->model, &run->acts, run->tokens, B, T, 0);
         head(&run->model, &run->acts, run->targets, B * T, 0);
         sum += mean_loss(&run->acts, B * T) * B;
@@ -1690,7 +1790,8 @@ static bool validation_loss(Run* run, double* loss, Error* e) {
     return true;
 }
 
-// Nats per byte that even a perfect model needs for the targets of the validation: known for the built-in corpus alone
+// Nats per byte that even a perfect model needs for the targets of the validation:
+// known for the built-in corpus alone
 static double validation_entropy(const Run* run) {
     uint64_t bytes = validation_windows(run) * (uint64_t)run->c.T;
     const float* nats = run->nats + tokens_count(&run->train) + 1;
@@ -1746,15 +1847,20 @@ static size_t append_token(const Run* run, char* text, size_t length, size_t siz
     return length;
 }
 
-// Continues the prompt by `count` tokens. Only new positions are computed, the others' keys and values are there; when
-// the context is full, its later half becomes the new beginning (positions are learned, so it must be computed anew).
-static void generate(Run* run, const int32_t* prompt, int prompt_count, long count, void (*emit)(Run*, int token)) {
+// Continues the prompt by `count` tokens. Only new positions are computed, the others' keys and values are
+// there; when the context is full, its later half becomes the new beginning (positions are learned,
+// so it must be computed anew).
+static void generate(Run* run, const int32_t* prompt, int prompt_count, long count,
+                     void (*emit)(Run*, int token)) {
     int T = run->c.T, known = 0, length = prompt_count < T ? prompt_count : T;
     int32_t* context = (int32_t*)allocate((size_t)T, sizeof(int32_t));
     real* logits = (real*)allocate((size_t)run->c.V, sizeof(real));
     memcpy(context, prompt + prompt_count - length, sizeof(int32_t) * (size_t)length);
     for (long i = 0; i < count; i++) {
-        double draw = (double)(hash64((uint64_t)run->o.seed ^ 0x73616d706c65u, (uint64_t)run->step * 1000003u + (uint64_t)i) >> 11) / 9007199254740992.0;
+        double draw = (double)(hash64((uint64_t)run->o.seed ^ 0x73616d706c65u,
+                                      (uint64_t)run->step * 1000003u + (uint64_t)i) >>
+                               11) /
+                      9007199254740992.0;
         model_forward(&run->model, &run->infer, context, 1, length, known);
         head_logits(&run->model, &run->infer, logits, length - 1, 1);
         known = length;
@@ -1791,8 +1897,7 @@ typedef struct {                // what one update saw
 
 static volatile sig_atomic_t stop_requested;
 static void request_stop(int signal_number) {
-    (void)signal_number;
-    if (stop_requested) _exit(STATUS_DONE);     // the second one ends at once
+    if (stop_requested) _exit(128 + signal_number);     // the second one ends at once, and is not done
     stop_requested = 1;
 }
 
@@ -1807,16 +1912,20 @@ static void catch_signals(void) {
     signal(SIGPIPE, SIG_IGN);
 }
 
-// What becomes of an update. What is not finite is never applied; the first such tensor in table order is named.
+// What becomes of an update. What is not finite is never applied;
+// the first such tensor in table order is named.
 static Verdict judge(const Run* run, StepReport* r) {
     const Tensor* t;
     int policy = run->o.on_spike;
     if (!isfinite(r->loss) || !isfinite(r->norm)) {
-        if ((t = first_nonfinite(&run->model, run->model.params))) snprintf(r->culprit, sizeof r->culprit, "weight %s is not finite", t->name);
-        else if ((t = first_nonfinite(&run->model, run->model.grads))) snprintf(r->culprit, sizeof r->culprit, "the gradient of %s is not finite", t->name);
+        if ((t = first_nonfinite(&run->model, run->model.params)))
+            snprintf(r->culprit, sizeof r->culprit, "weight %s is not finite", t->name);
+        else if ((t = first_nonfinite(&run->model, run->model.grads)))
+            snprintf(r->culprit, sizeof r->culprit, "the gradient of %s is not finite", t->name);
         else snprintf(r->culprit, sizeof r->culprit, "the loss is not finite");
         bool weights = !strncmp(r->culprit, "weight", 6);
-        return policy == SPIKE_SKIP && !weights && run->skipped + 1 < MAX_SKIPPED ? VERDICT_SKIP : VERDICT_STOP;
+        return policy == SPIKE_SKIP && !weights && run->skipped + 1 < MAX_SKIPPED ? VERDICT_SKIP
+                                                                                  : VERDICT_STOP;
     }
     if (!(r->z > SPIKE_LIMIT) || policy == SPIKE_IGNORE) return VERDICT_APPLY;
     snprintf(r->culprit, sizeof r->culprit, "the loss is %.1f deviations above the last ones", r->z);
@@ -1829,8 +1938,9 @@ static bool accumulate_gradients(Run* run, double* loss, Error* e) {
     zero_gradients(&run->model);
     for (long micro = 0; micro < run->o.micro_batches; micro++) {
         if (!training_batch(run, run->step, micro, e)) return false;
-        *loss += forward_backward(&run->model, &run->acts, run->tokens, run->targets, (int)run->o.batch, run->c.T,
-                                  (int)run->o.micro_batches) / (double)run->o.micro_batches;
+        *loss += forward_backward(&run->model, &run->acts, run->tokens, run->targets, (int)run->o.batch,
+                                  run->c.T, (int)run->o.micro_batches) /
+                 (double)run->o.micro_batches;
     }
     add_head_gradient(&run->model);
     return true;
@@ -1863,7 +1973,8 @@ static bool train_step(Run* run, StepReport* r, Error* e) {
 
 static bool every(long period, long step) { return period > 0 && step % period == 0; }
 
-// What is due after a step. False only if the data cannot be read; a save that fails now is tried again later.
+// What is due after a step. False only if the data cannot be read;
+// a save that fails now is tried again later.
 static bool after_step(Run* run, const StepReport* r, double mean_seconds, Error* e) {
     const Options* o = &run->o;
     Gain gain;
@@ -1882,24 +1993,27 @@ static int train(Run* run, int argc, char** argv) {
     Error e;
     StepReport r;
     double mean_seconds = 0;
-    if (run->step >= run->o.steps) printf("nothing to do: step %ld of %ld is done\n", run->step, run->o.steps);
+    if (run->step >= run->o.steps)
+        printf("nothing to do: step %ld of %ld is done\n", run->step, run->o.steps);
     while (run->step < run->o.steps) {
         if (!train_step(run, &r, &e)) break;
         mean_seconds = mean_seconds > 0 ? 0.95 * mean_seconds + 0.05 * r.seconds : r.seconds;
         if (r.verdict == VERDICT_STOP) {
             report_step(run, &r, NULL, mean_seconds);
-            fprintf(stderr, "stopped at step %ld: %s; the update was not applied and nothing was saved\n", run->step + 1, r.culprit);
+            fprintf(stderr, "stopped at step %ld: %s; the update was not applied and nothing was saved\n",
+                    run->step + 1, r.culprit);
             return stop_run(run, r.culprit, STATUS_NONFINITE);
         }
         if (!after_step(run, &r, mean_seconds, &e)) break;
         if (stop_requested && run->step < run->o.steps) return stop_on_signal(run, argc, argv);
     }
-    if (run->step < run->o.steps) {             // the data cannot be read any further: keep what has been learnt
+    if (run->step < run->o.steps) { // the data cannot be read any further: keep what has been learnt
         fprintf(stderr, "%s\n", e.text);
         return save_and_stop(run, e.text, STATUS_USAGE);
     }
     int status = save_and_stop(run, "done", STATUS_DONE);
-    if (status == STATUS_DONE) printf("done: %s/run.jsonl, %s/step_%08ld.safetensors\n", run->o.out, run->o.out, run->step);
+    if (status == STATUS_DONE)
+        printf("done: %s/run.jsonl, %s/step_%08ld.safetensors\n", run->o.out, run->o.out, run->step);
     return status;
 }
 
@@ -1927,13 +2041,15 @@ static void layout_run(Run* run, Arena* arena) {
 static void print_model(const Run* run) {
     char text[OPTION_SIZE];
     options_value(&run->o, options_find("residual"), text, sizeof text);
-    printf("model: %d blocks, width %d, %d heads, context %d, vocabulary %d, residual %s", run->c.L, run->c.C, run->c.NH,
-           run->c.T, run->c.V, text);
+    printf("model: %d blocks, width %d, %d heads, context %d, vocabulary %d, residual %s", run->c.L, run->c.C,
+           run->c.NH, run->c.T, run->c.V, text);
     if (has_connections(&run->c)) printf(" with %d streams", run->c.n);
     printf(", %.3f M parameters\n", (double)run->model.size / 1e6);
-    printf("step:  %ld x %ld sequences of %d tokens, %.2f GFLOP; %s, %d thread%s", run->o.micro_batches, run->o.batch, run->c.T,
-           flops_per_token(&run->model, run->c.T) * (double)(run->o.micro_batches * run->o.batch * run->c.T) / 1e9, cpu_name(),
-           thread_count(), thread_count() > 1 ? "s" : "");
+    printf("step:  %ld x %ld sequences of %d tokens, %.2f GFLOP; %s, %d thread%s", run->o.micro_batches,
+           run->o.batch, run->c.T,
+           flops_per_token(&run->model, run->c.T) * (double)(run->o.micro_batches * run->o.batch * run->c.T) /
+               1e9,
+           cpu_name(), thread_count(), thread_count() > 1 ? "s" : "");
     if (run->peak > 0) printf(", measured peak %.0f GFLOP/s", run->peak / 1e9);
     printf("\n");
 }
@@ -1945,15 +2061,16 @@ static bool allocate_run(Run* run, Error* e) {
     activations_open(&run->infer, &run->c);
     layout_run(run, &run->arena);
     if (run->o.plan) return true;
-    if (!plan_check(&run->arena, "reduce --batch, --seq or --layers, or try --recompute auto", e)) return false;
+    if (!plan_check(&run->arena, "reduce --batch, --seq or --layers, or try --recompute auto", e))
+        return false;
     plan_open(&run->arena);
     layout_run(run, &run->arena);
     model_initialise(&run->model, (uint64_t)run->o.seed);
     return true;
 }
 
-// The file that weights come from: a checkpoint to go on from (*resume), else --init-from; for --eval and --generate
-// --init-from, else the newest in --out. False: none is needed, or an error if e is not empty.
+// The file that weights come from: a checkpoint to go on from (*resume), else --init-from; for --eval
+// and --generate --init-from, else the newest in --out. False: none is needed, or an error if e is not empty.
 static bool open_source(Run* run, SafeFile* f, bool* resume, Error* e) {
     const Options* o = &run->o;
     bool needed = !run->training;
@@ -1962,7 +2079,10 @@ static bool open_source(Run* run, SafeFile* f, bool* resume, Error* e) {
     if (needed ? !o->init_from[0] : o->resume) {
         *resume = open_newest(f, o->out, e) && o->resume;
         if (f->strings || e->text[0]) return f->strings != NULL;
-        if (needed) return fail(e, "%s: found no checkpoint, expected one, train first or name a file with --init-from", o->out);
+        if (needed)
+            return fail(e,
+                        "%s: found no checkpoint, expected one, train first or name a file with --init-from",
+                        o->out);
         printf("no checkpoint in %s: starting at step 0\n", o->out);
     }
     return o->init_from[0] && safetensors_open(f, o->init_from, e);
@@ -1971,15 +2091,19 @@ static bool open_source(Run* run, SafeFile* f, bool* resume, Error* e) {
 // Vocabulary of a file of weights without our metadata: the rows of wte.
 static void vocabulary_of(Run* run, const SafeFile* f) {
     const SafeTensor* wte = find_weight(f, "wte.weight");
-    if (!run->o.vocab && wte && wte->rank == 2 && wte->shape[0] <= INT32_MAX) run->o.vocab = (long)wte->shape[0];
+    if (!run->o.vocab && wte && wte->rank == 2 && wte->shape[0] <= INT32_MAX)
+        run->o.vocab = (long)wte->shape[0];
 }
 
 static bool check_options(const Run* run, Error* e) {
     if (!options_check(&run->o, e)) return false;
     if (run->o.recompute > 2 * run->o.layers)
-        return fail(e, "--recompute: found %ld, expected at most the number of sublayers, %ld", run->o.recompute, 2 * run->o.layers);
+        return fail(e, "--recompute: found %ld, expected at most the number of sublayers, %ld",
+                    run->o.recompute, 2 * run->o.layers);
     if (run->o.batch * run->o.seq > INT32_MAX)
-        return fail(e, "--batch: found %ld tokens in a micro-batch, expected less than 2^31, reduce --batch or --seq", run->o.batch * run->o.seq);
+        return fail(
+            e, "--batch: found %ld tokens in a micro-batch, expected less than 2^31, reduce --batch or --seq",
+            run->o.batch * run->o.seq);
     return true;
 }
 
@@ -1990,14 +2114,19 @@ static bool prepare_directory(Run* run, Error* e) {
     if (o->resume) return true;
     Checkpoints found = rundir_list(o->out);
     free(found.steps);
-    return !found.count || o->overwrite
-        || fail(e, "%s: found %d checkpoints of an earlier run, expected none, go on with --resume, or start anew with --overwrite", o->out, found.count);
+    return !found.count || o->overwrite ||
+           fail(e,
+                "%s: found %d checkpoints of an earlier run, expected none, go on with --resume, or start "
+                "anew with --overwrite",
+                o->out, found.count);
 }
 
-// What the data holds shows in its first windows; a run that cannot use it has not yet replaced another's files then.
+// What the data holds shows in its first windows;
+// a run that cannot use it has not yet replaced another's files then.
 static bool check_windows(Run* run, Error* e) {
-    return training_batch(run, run->step, 0, e)
-        && (!run->has_val || tokens_val_window(&run->val, 0, run->c.T, run->c.V, run->tokens, run->targets, e));
+    return training_batch(run, run->step, 0, e) &&
+           (!run->has_val ||
+            tokens_val_window(&run->val, 0, run->c.T, run->c.V, run->tokens, run->targets, e));
 }
 
 static bool open_run(Run* run, Error* e) {
@@ -2016,7 +2145,8 @@ static bool open_run(Run* run, Error* e) {
     if (!allocate_run(run, e)) return false;
     if (from_file && !o->plan) {
         if (!load_weights(&run->model, &f, e)) return false;
-        if (resume && run->training && (!load_moments(&run->model, &f, e) || !restore_position(run, &f, e))) return false;
+        if (resume && run->training && (!load_moments(&run->model, &f, e) || !restore_position(run, &f, e)))
+            return false;
     }
     if (from_file) safetensors_close(&f);
     return !trains || check_windows(run, e);
@@ -2032,7 +2162,8 @@ static int run_training(Run* run, int argc, char** argv) {
     run->peak = measure_peak();
     print_model(run);
     plan_print(stdout, &run->arena);
-    if (!run->has_val) printf("no validation: the shards of --data are all trained on, name others with --val-data\n");
+    if (!run->has_val)
+        printf("no validation: the shards of --data are all trained on, name others with --val-data\n");
     log_run(run);
     return train(run, argc, argv);
 }
@@ -2044,21 +2175,31 @@ static void emit_text(Run* run, int token) {
     fflush(stdout);
 }
 
+// The status of a mode whose result goes to stdout
+static int output_written(void) {
+    if (!fflush(stdout) && !ferror(stdout)) return STATUS_DONE;
+    fprintf(stderr, "stdout: cannot be written (%s), expected room for the result\n", strerror(errno));
+    return STATUS_SAVE_FAILED;
+}
+
 static int run_generation(Run* run) {
     size_t bytes = strlen(run->o.generate);
     int32_t* prompt = (int32_t*)allocate(bytes, sizeof(int32_t));
-    if (!can_print(run)) die("--generate: found a model of token numbers, expected text, name its vocabulary with --tokenizer");
+    if (!can_print(run))
+        die("--generate: found a model of token numbers, expected text, name its vocabulary with "
+            "--tokenizer");
     int count = (int)bytes;
     if (run->has_bpe) count = (int)bpe_encode(&run->bpe, (const uint8_t*)run->o.generate, bytes, prompt);
     else
         for (size_t i = 0; i < bytes; i++) prompt[i] = (unsigned char)run->o.generate[i];
     for (int i = 0; i < count; i++)
-        if (prompt[i] >= run->c.V) die("--generate: found token %d, expected less than the vocabulary, %d", prompt[i], run->c.V);
+        if (prompt[i] >= run->c.V)
+            die("--generate: found token %d, expected less than the vocabulary, %d", prompt[i], run->c.V);
     fputs(run->o.generate, stdout);
     generate(run, prompt, count, run->o.tokens, emit_text);
     putchar('\n');
     free(prompt);
-    return ferror(stdout) ? STATUS_SAVE_FAILED : STATUS_DONE;
+    return output_written();
 }
 
 static int run_mode(Run* run, int argc, char** argv) {
@@ -2079,7 +2220,7 @@ static int run_mode(Run* run, int argc, char** argv) {
     if (!run->has_val) die("--eval: found no validation data, expected some, name it with --val-data");
     if (!validation_loss(run, &loss, &e)) die("%s", e.text);
     printf("val loss %.6f\n", loss);
-    return STATUS_DONE;
+    return output_written();
 }
 
 static void close_run(Run* run) {

@@ -1,5 +1,5 @@
-// checkpoint.h: a run on disk: checkpoints, weights from other files, dumps. Included by train_gpt_mhc.c where Model and Run
-// are known.
+// checkpoint.h: a run on disk: checkpoints, weights from other files, dumps.
+// Included by train_gpt_mhc.c where Model and Run are known.
 
 #ifndef HOST_CHECKPOINT_H
 #define HOST_CHECKPOINT_H
@@ -11,12 +11,14 @@
 typedef struct { SafeOut* out; int count; char** names; void** copies; int copy_count; } Export;
 
 static Export export_open(int room) {
-    Export x = {(SafeOut*)allocate((size_t)room, sizeof(SafeOut)), 0, (char**)allocate((size_t)room, sizeof(char*)),
-                (void**)allocate((size_t)room, sizeof(void*)), 0};
+    Export x = {(SafeOut*)allocate((size_t)room, sizeof(SafeOut)), 0,
+                (char**)allocate((size_t)room, sizeof(char*)), (void**)allocate((size_t)room, sizeof(void*)),
+                0};
     return x;
 }
 
-static SafeOut* export_tensor(Export* x, const char* prefix, const char* name, SafeType type, const void* data) {
+static SafeOut* export_tensor(Export* x, const char* prefix, const char* name, SafeType type,
+                              const void* data) {
     size_t room = strlen(prefix) + strlen(name) + 1;
     SafeOut* out = &x->out[x->count];
     x->names[x->count] = (char*)allocate(room, 1);
@@ -34,7 +36,8 @@ static void export_shape(SafeOut* out, int rank, size_t a, size_t b, size_t c, s
 }
 
 // Numbers as fp32: themselves, or a copy in the double build
-static SafeOut* export_real(Export* x, const char* prefix, const char* name, const real* numbers, size_t count) {
+static SafeOut* export_real(Export* x, const char* prefix, const char* name, const real* numbers,
+                            size_t count) {
     const void* data = numbers;
     if (sizeof(real) != sizeof(float)) {
         float* copy = (float*)allocate(count, sizeof(float));
@@ -106,7 +109,8 @@ static Metadata run_metadata(const Run* run) {
 static void log_end(Run* run) {
     static bool said;
     if (runlog_end(&run->log) || said) return;
-    fprintf(stderr, "warning: %s/run.jsonl: a line cannot be written (%s), make room; the run goes on\n", run->o.out, strerror(errno));
+    fprintf(stderr, "warning: %s/run.jsonl: a line cannot be written (%s), make room; the run goes on\n",
+            run->o.out, strerror(errno));
     said = true;
 }
 
@@ -132,24 +136,28 @@ static bool save_checkpoint(Run* run, Error* e) {
 }
 
 // A number of the metadata, strictly read.
-static bool metadata_number(const SafeFile* f, const char* key, unsigned long long* value, int base, Error* e) {
+static bool metadata_number(const SafeFile* f, const char* key, unsigned long long* value, int base,
+                            Error* e) {
     const char* text = safetensors_meta(f, key);
     char* end = NULL;
     if (text) *value = strtoull(text, &end, base);
     if (text && *text && !*end && *text != '-') return true;
-    return fail(e, "%s: metadata %s: found %s, expected a number, is it one of our checkpoints?", f->path, key, text ? text : "nothing");
+    return fail(e, "%s: metadata %s: found %s, expected a number, is it one of our checkpoints?", f->path,
+                key, text ? text : "nothing");
 }
 
-// Options from a file's metadata. For a resumed run all that are stored, and none may be contradicted; for weights alone
-// those of the model, for --eval and --generate also of the data, where nobody gave another value (the shapes are
-// compared later). A newer format is refused.
+// Options from a file's metadata. For a resumed run all that are stored, and none may be contradicted; for
+// weights alone those of the model, for --eval and --generate also of the data, where nobody gave another
+// value (the shapes are compared later). A newer format is refused.
 static bool restore_options(Run* run, const SafeFile* f, bool resume, Error* e) {
     unsigned long long version = 0;
     OptionGroup last = resume ? GROUP_OPTIMISER : run->training ? GROUP_MODEL : GROUP_BATCH;
-    if (!safetensors_meta(f, "format_version")) return !resume || fail(e, "%s: found no format_version, expected one of our checkpoints", f->path);
+    if (!safetensors_meta(f, "format_version"))
+        return !resume || fail(e, "%s: found no format_version, expected one of our checkpoints", f->path);
     if (!metadata_number(f, "format_version", &version, 10, e)) return false;
     if (version != FORMAT_VERSION)
-        return fail(e, "%s: found format_version %llu, expected %d, use the program that wrote it", f->path, version, FORMAT_VERSION);
+        return fail(e, "%s: found format_version %llu, expected %d, use the program that wrote it", f->path,
+                    version, FORMAT_VERSION);
     for (int row = 0; row < options_count(); row++) {
         const char *name = options_name(row), *text = safetensors_meta(f, name);
         if (!text || option_rows[row].group > last) continue;
@@ -168,7 +176,8 @@ static bool restore_spikes(Spikes* s, const SafeFile* f, Error* e) {
     for (int i = 0; i < SPIKE_WINDOW && i < s->count; i++) {
         char* end;
         s->losses[i] = strtod(text ? text : "", &end);
-        if (!text || end == text) return fail(e, "%s: metadata spike_window: found fewer losses than spike_count says", f->path);
+        if (!text || end == text)
+            return fail(e, "%s: metadata spike_window: found fewer losses than spike_count says", f->path);
         text = end;
     }
     return true;
@@ -177,10 +186,12 @@ static bool restore_spikes(Spikes* s, const SafeFile* f, Error* e) {
 static bool restore_position(Run* run, const SafeFile* f, Error* e) {
     unsigned long long step = 0, tokens = 0, skipped = 0, data = 0;
     if (!metadata_number(f, "step", &step, 10, e) || !metadata_number(f, "tokens_seen", &tokens, 10, e) ||
-        !metadata_number(f, "skipped_in_a_row", &skipped, 10, e) || !metadata_number(f, "data_fingerprint", &data, 16, e))
+        !metadata_number(f, "skipped_in_a_row", &skipped, 10, e) ||
+        !metadata_number(f, "data_fingerprint", &data, 16, e))
         return false;
     if (data != tokens_fingerprint(&run->train))
-        return fail(e, "%s: found other training data than in %s, expected the same, name it with --data", run->train.name, f->path);
+        return fail(e, "%s: found other training data than in %s, expected the same, name it with --data",
+                    run->train.name, f->path);
     run->step = (long)step;
     run->tokens_seen = tokens;
     run->skipped = (int)skipped;
@@ -188,7 +199,9 @@ static bool restore_position(Run* run, const SafeFile* f, Error* e) {
 }
 
 // Hugging Face's GPT-2 keeps a block's four matrices as (in, out).
-static bool is_conv1d(const Tensor* t) { return t->block >= 0 && t->spec->cols != DIM_1 && t->spec->cols != DIM_WIDTH; }
+static bool is_conv1d(const Tensor* t) {
+    return t->block >= 0 && t->spec->cols != DIM_1 && t->spec->cols != DIM_WIDTH;
+}
 
 static const SafeTensor* find_weight(const SafeFile* f, const char* name) {
     char prefixed[MAX_NAME + 16];
@@ -205,22 +218,30 @@ static bool file_is_transposed(const SafeFile* f) {
 static bool wrong_shape(const SafeFile* f, const SafeTensor* found, size_t rows, size_t cols, Error* e) {
     char shape[SAFE_MAX_RANK * 24] = "";
     for (int i = 0, length = 0; i < found->rank; i++)
-        length += snprintf(shape + length, sizeof shape - (size_t)length, i ? ", %llu" : "%llu", (unsigned long long)found->shape[i]);
-    return fail(e, "%s: tensor %s: found shape (%s), expected (%zu, %zu), choose the --model and options it was made with",
+        length += snprintf(shape + length, sizeof shape - (size_t)length, i ? ", %llu" : "%llu",
+                           (unsigned long long)found->shape[i]);
+    return fail(e,
+                "%s: tensor %s: found shape (%s), expected (%zu, %zu), choose the --model and options it was "
+                "made with",
                 f->path, found->name, shape, rows, cols);
 }
 
 // numbers (rows, cols) of tensor t from the file; a longer wpe is cut
-static bool load_tensor(const SafeFile* f, const SafeTensor* found, const Tensor* t, bool transposed, real* numbers, Error* e) {
-    bool vector = t->spec->cols == DIM_1, turned = transposed && is_conv1d(t), cut = t->spec == &tensor_specs[WPE];
+static bool load_tensor(const SafeFile* f, const SafeTensor* found, const Tensor* t, bool transposed,
+                        real* numbers, Error* e) {
+    bool vector = t->spec->cols == DIM_1, turned = transposed && is_conv1d(t),
+         cut = t->spec == &tensor_specs[WPE];
     size_t rows = turned ? t->cols : t->rows, cols = turned ? t->rows : t->cols, count = tensor_size(t);
-    if (found->rank != (vector ? 1 : 2) || (cut ? found->shape[0] < rows : found->shape[0] != rows) || (!vector && found->shape[1] != cols))
+    if (found->rank != (vector ? 1 : 2) || (cut ? found->shape[0] < rows : found->shape[0] != rows) ||
+        (!vector && found->shape[1] != cols))
         return wrong_shape(f, found, rows, cols, e);
     float* values = (float*)allocate(safetensors_count(found), sizeof(float));
     bool good = safetensors_read_f32(f, found, values, e);
     if (good && found->shape[0] > rows)
-        fprintf(stderr, "%s: %s has %llu positions, the first %zu are used (--seq)\n", f->path, found->name, (unsigned long long)found->shape[0], rows);
-    for (size_t i = 0; good && i < count; i++) numbers[i] = (real)(turned ? values[i % t->cols * t->rows + i / t->cols] : values[i]);
+        fprintf(stderr, "%s: %s has %llu positions, the first %zu are used (--seq)\n", f->path, found->name,
+                (unsigned long long)found->shape[0], rows);
+    for (size_t i = 0; good && i < count; i++)
+        numbers[i] = (real)(turned ? values[i % t->cols * t->rows + i / t->cols] : values[i]);
     free(values);
     return good;
 }
@@ -229,10 +250,12 @@ static bool load_tensor(const SafeFile* f, const SafeTensor* found, const Tensor
 static bool is_ignorable(const char* name) {
     size_t length = strlen(name);
     if (!strncmp(name, "transformer.", 12)) name += 12;
-    if (!strncmp(name, "adam_m.", 7) || !strncmp(name, "adam_v.", 7) || !strcmp(name, "lm_head.weight")) return true;
-    const char *mask = strrchr(name, '.'), *masks[] = {".attn.bias", ".attn.masked_bias"};     // GPT-2's buffers
+    if (!strncmp(name, "adam_m.", 7) || !strncmp(name, "adam_v.", 7) || !strcmp(name, "lm_head.weight"))
+        return true;
+    const char *mask = strrchr(name, '.'), *masks[] = {".attn.bias", ".attn.masked_bias"}; // GPT-2's buffers
     for (int i = 0; mask && i < 2; i++)
-        if (length > strlen(masks[i]) && !strcmp(name + strlen(name) - strlen(masks[i]), masks[i])) return true;
+        if (length > strlen(masks[i]) && !strcmp(name + strlen(name) - strlen(masks[i]), masks[i]))
+            return true;
     return false;
 }
 
@@ -241,12 +264,17 @@ static bool check_no_extra(const Model* m, const SafeFile* f, Error* e) {
         const char *name = f->tensors[i].name, *plain = strncmp(name, "transformer.", 12) ? name : name + 12;
         bool known = is_ignorable(name);
         for (int k = 0; !known && k < m->tensor_count; k++) known = !strcmp(plain, m->tensors[k].name);
-        if (!known) return fail(e, "%s: found tensor %s, expected none of that name in this model, choose the --model and options it was made with", f->path, name);
+        if (!known)
+            return fail(e,
+                        "%s: found tensor %s, expected none of that name in this model, choose the --model "
+                        "and options it was made with",
+                        f->path, name);
     }
     return true;
 }
 
-// Parameters from any file with the right names and shapes. Connections that a plain model lacks keep their initial values.
+// Parameters from any file with the right names and shapes.
+// Connections that a plain model lacks keep their initial values.
 static bool load_weights(Model* m, const SafeFile* f, Error* e) {
     bool transposed = file_is_transposed(f), plain = true;
     for (int i = 0; i < f->tensor_count; i++) plain = plain && !strstr(f->tensors[i].name, "_hc.");
@@ -255,7 +283,10 @@ static bool load_weights(Model* m, const SafeFile* f, Error* e) {
         const Tensor* t = &m->tensors[i];
         const SafeTensor* found = find_weight(f, t->name);
         if (!found && plain && strstr(t->name, "_hc.")) continue;
-        if (!found) return fail(e, "%s: found no tensor %s, expected one, choose the --model and options it was made with", f->path, t->name);
+        if (!found)
+            return fail(
+                e, "%s: found no tensor %s, expected one, choose the --model and options it was made with",
+                f->path, t->name);
         if (!load_tensor(f, found, t, transposed, m->params + t->first, e)) return false;
     }
     return true;
@@ -267,13 +298,15 @@ static bool load_moments(Model* m, const SafeFile* f, Error* e) {
         char name[MAX_NAME + 8];
         snprintf(name, sizeof name, "adam_%c.%s", i % 2 ? 'v' : 'm', t->name);
         const SafeTensor* found = safetensors_find(f, name);
-        if (!found) return fail(e, "%s: found no tensor %s, expected one, is it a checkpoint?", f->path, name);
+        if (!found)
+            return fail(e, "%s: found no tensor %s, expected one, is it a checkpoint?", f->path, name);
         if (!load_tensor(f, found, t, false, (i % 2 ? m->adam_v : m->adam_m) + t->first, e)) return false;
     }
     return true;
 }
 
-// Opens the newest checkpoint of the run's directory all of whose digests are right. False with an empty line: there is none.
+// Opens the newest checkpoint of the run's directory all of whose digests are right.
+// False with an empty line: there is none.
 static bool open_newest(SafeFile* f, const char* dir, Error* e) {
     Checkpoints found = rundir_list(dir);
     bool good = false;
@@ -288,7 +321,8 @@ static bool open_newest(SafeFile* f, const char* dir, Error* e) {
         }
         if (!good) fprintf(stderr, "%s%s\n", e->text, i ? "; trying the one before" : "");
     }
-    if (!good && found.count) fail(e, "%s: found %d checkpoints and none that is whole, expected one", dir, found.count);
+    if (!good && found.count)
+        fail(e, "%s: found %d checkpoints and none that is whole, expected one", dir, found.count);
     free(found.steps);
     return good;
 }
@@ -304,10 +338,13 @@ static void export_coefficients(Export* x, const Run* run) {
             float* copy = (float*)allocate(B * T * (size_t)width, sizeof(float));
             char name[MAX_NAME];
             for (size_t i = 0; i < B * T * (size_t)width; i++)
-                copy[i] = (float)run->acts.sub[k].coef[i / (size_t)width * (size_t)count + (size_t)(map * n) + i % (size_t)width];
+                copy[i] =
+                    (float)run->acts.sub[k]
+                        .coef[i / (size_t)width * (size_t)count + (size_t)(map * n) + i % (size_t)width];
             x->copies[x->copy_count++] = copy;
             snprintf(name, sizeof name, "hc.%d.%s", k, maps[map]);
-            export_shape(export_tensor(x, "", name, SAFE_F32, copy), map < 2 ? 3 : 4, B, T, (size_t)n, (size_t)n);
+            export_shape(export_tensor(x, "", name, SAFE_F32, copy), map < 2 ? 3 : 4, B, T, (size_t)n,
+                         (size_t)n);
         }
 }
 

@@ -1,5 +1,5 @@
-// plan.h: memory that is planned before it is taken. Everything large is carved from one Arena, by code that runs twice:
-// first without memory, which only counts and is the plan; then with it.
+// plan.h: memory that is planned before it is taken. Everything large is carved from one Arena, by code that
+// runs twice: first without memory, which only counts and is the plan; then with it.
 
 #ifndef HOST_PLAN_H
 #define HOST_PLAN_H

@@ -1,4 +1,5 @@
-// report.h: what a run tells the terminal and the run log. Included by train_gpt_mhc.c where Run and StepReport are known.
+// report.h: what a run tells the terminal and the run log.
+// Included by train_gpt_mhc.c where Run and StepReport are known.
 
 #ifndef HOST_REPORT_H
 #define HOST_REPORT_H
@@ -18,9 +19,10 @@ static void report_step(Run* run, const StepReport* r, const Gain* gain, double 
     double mfu = run->peak > 0 ? flops_per_token(&run->model, run->c.T) * tokens / r->seconds / run->peak : 0;
     long left = (long)(mean_seconds * (double)(o->steps - run->step));
     if (run->step % o->log_every == 0 || run->step == o->steps || r->verdict != VERDICT_APPLY) {
-        printf("%sstep %5ld/%ld | loss %.4f (z %+.1f) | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | MFU %.0f %% | ETA %ld:%02ld",
-               isatty(STDOUT_FILENO) ? "\r\033[K" : "", run->step, o->steps, r->loss, r->z, r->norm, r->lr, 1e3 * r->seconds,
-               tokens / r->seconds, 100 * mfu, left / 60, left % 60);
+        printf("%sstep %5ld/%ld | loss %.4f (z %+.1f) | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | MFU "
+               "%.0f %% | ETA %ld:%02ld",
+               isatty(STDOUT_FILENO) ? "\r\033[K" : "", run->step, o->steps, r->loss, r->z, r->norm, r->lr,
+               1e3 * r->seconds, tokens / r->seconds, 100 * mfu, left / 60, left % 60);
         if (gain) printf(" | gain %.3f / %.3f", gain->forward_max, gain->backward_max);
         printf("%s%s\n", r->verdict == VERDICT_APPLY ? "" : " | not applied: ", r->culprit);
         print_bar(run);
@@ -62,7 +64,9 @@ static bool report_validation(Run* run, Error* e) {
 
 // A sample is kept while it is generated, for the log
 static struct { char text[4096]; size_t length; } sample;
-static void emit_sample(Run* run, int token) { sample.length = append_token(run, sample.text, sample.length, sizeof sample.text, token); }
+static void emit_sample(Run* run, int token) {
+    sample.length = append_token(run, sample.text, sample.length, sizeof sample.text, token);
+}
 
 static bool can_print(const Run* run) { return run->has_bpe || run->c.V <= 256; }
 
@@ -72,7 +76,8 @@ static void report_sample(Run* run) {
     if (start >= run->c.V) start = 0;
     sample.length = 0;
     generate(run, &start, 1, run->o.tokens, emit_sample);
-    printf("%s--- a sample after step %ld\n%s\n---\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", run->step, sample.text);
+    printf("%s--- a sample after step %ld\n%s\n---\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", run->step,
+           sample.text);
     print_bar(run);
     runlog_begin(&run->log, "sample");
     runlog_int(&run->log, "step", run->step);
@@ -86,7 +91,8 @@ static const char* cpu_name(void) {
     FILE* file = fopen("/proc/cpuinfo", "r");
     while (file && fgets(line, sizeof line, file))
         if (!strncmp(line, "model name", 10) && strchr(line, ':')) {
-            snprintf(name, sizeof name, "%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"), strchr(line, ':') + 2);
+            snprintf(name, sizeof name, "%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"),
+                     strchr(line, ':') + 2);
             break;
         }
     if (file) fclose(file);
@@ -108,7 +114,7 @@ static void log_run(Run* run) {
         options_value(&run->o, row, text, sizeof text);
         runlog_text(&run->log, options_name(row), text);
     }
-    log_end(run);
+    if (!runlog_end(&run->log)) die("%s/run.jsonl: cannot be written (%s), expected room for a run, choose another --out", run->o.out, strerror(errno));
 }
 
 static int stop_run(Run* run, const char* why, int status) {
@@ -132,7 +138,9 @@ static int save_and_stop(Run* run, const char* why, int status) {
 
 // An argument as a shell takes it.
 static void print_quoted(const char* text) {
-    bool plain = *text && !text[strspn(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=,:+%@")];
+    bool plain =
+        *text &&
+        !text[strspn(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=,:+%@")];
     putchar(' ');
     if (!plain) putchar('\'');
     for (; *text; text++)
@@ -148,6 +156,7 @@ static int stop_on_signal(Run* run, int argc, char** argv) {
     printf("; this goes on:\n ");
     for (int i = 0; i < argc; i++)
         if (strncmp(argv[i], "--overwrite", 11)) print_quoted(argv[i]);
+    if (run->given.by[options_find("overwrite")] == GIVEN_CONFIG) printf(" --overwrite=false");
     printf("%s\n", run->o.resume ? "" : " --resume");
     return status;
 }
@@ -156,7 +165,8 @@ static int stop_on_signal(Run* run, int argc, char** argv) {
 // Gains and streams
 
 static void log_gains(Run* run, const char* what, const Gain* gains) {
-    static const char* const fields[GAIN_FIELDS] = {"forward_max", "forward_min", "backward_max", "backward_min"};
+    static const char* const fields[GAIN_FIELDS] = {"forward_max", "forward_min", "backward_max",
+                                                    "backward_min"};
     int count = 2 * run->c.L;
     double* values = (double*)allocate((size_t)count, sizeof(double));
     for (int f = 0; f < GAIN_FIELDS; f++) {
@@ -180,12 +190,14 @@ static void log_streams(Run* run, const StreamStats* s) {
     free(values);
 }
 
-// Gains and streams on the first validation sequence (of the training data where there is none); the largest composite ones
+// Gains and streams on the first validation sequence (of the training data where there is none);
+// the largest composite ones
 static bool measure_gains(Run* run, Gain* largest, Error* e) {
     int T = run->c.T, count = 2 * run->c.L;
     Gain* gains = (Gain*)allocate((size_t)(2 * count), sizeof(Gain));
     bool good = run->has_val ? tokens_val_window(&run->val, 0, T, run->c.V, run->tokens, run->targets, e)
-                             : tokens_train_window(&run->train, (uint64_t)run->o.seed, 0, T, run->c.V, run->tokens, run->targets, e);
+                             : tokens_train_window(&run->train, (uint64_t)run->o.seed, 0, T, run->c.V,
+                                                   run->tokens, run->targets, e);
     if (good) {
         run->acts.streams = (StreamStats*)allocate((size_t)(count + 1), sizeof(StreamStats));
         model_forward(&run->model, &run->acts, run->tokens, 1, T, 0);

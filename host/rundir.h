@@ -64,24 +64,28 @@ static inline bool rundir_make(const char* dir, Error* e) {
         char keep = *c;
         *c = 0;
         if (mkdir(path, 0777) && errno != EEXIST)
-            return fail(e, "%s: cannot be made (%s), expected a directory that can be written, choose another --out", path,
-                        strerror(errno));
+            return fail(
+                e, "%s: cannot be made (%s), expected a directory that can be written, choose another --out",
+                path, strerror(errno));
         *c = keep;
         if (!keep) return true;
     }
 }
 
-// Makes dir if need be, and holds it until the process ends: two runs in one directory would spoil each other's files.
+// Makes dir if need be, and holds it until the process ends:
+// two runs in one directory would spoil each other's files.
 static inline bool rundir_open(const char* dir, Error* e) {
     char path[RUNDIR_PATH];
     if (!rundir_make(dir, e)) return false;
     snprintf(path, sizeof path, "%s/lock", dir);
     int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (file < 0)
-        return fail(e, "%s: cannot be written (%s), expected a directory for the run, choose another --out", dir, strerror(errno));
+        return fail(e, "%s: cannot be written (%s), expected a directory for the run, choose another --out",
+                    dir, strerror(errno));
     if (flock(file, LOCK_EX | LOCK_NB) == 0) return true;   // never closed: the lock ends with the process
     close(file);
-    return fail(e, "%s: found another run at work there, expected none, wait for it or choose another --out", dir);
+    return fail(e, "%s: found another run at work there, expected none, wait for it or choose another --out",
+                dir);
 }
 
 // Removes all but the newest `keep` checkpoints; keep 0 removes none.

@@ -7,12 +7,16 @@
 
 #include "common.h"
 
-enum { SPIKE_WINDOW = 128, SPIKE_LEAST = 64 };  // losses that are kept, and from how many on they say something
+enum {
+    SPIKE_WINDOW = 128,
+    SPIKE_LEAST = 64
+}; // losses that are kept, and from how many on they say something
 #define SPIKE_LIMIT 6.0                         // deviations
 
 typedef struct { double losses[SPIKE_WINDOW]; long count; } Spikes;     // a ring; count: of all that came in
 
-// z-score of a loss; 0 while too few are known. Summed anew each time: running sums would remember a spike that has left.
+// z-score of a loss; 0 while too few are known. Summed anew each time:
+// running sums would remember a spike that has left.
 static inline double spikes_score(const Spikes* s, double loss) {
     int known = s->count < SPIKE_WINDOW ? (int)s->count : (int)SPIKE_WINDOW;
     double mean = 0, variance = 0;
