@@ -7,7 +7,7 @@ root=$PWD
 case $trainer in /*) ;; *) trainer=$root/$trainer ;; esac
 [ -x "$trainer" ] || { echo "FAIL $trainer: found no program, expected one, run make train_gpt_mhc"; exit 1; }
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT && trap 'exit 1' INT TERM
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" LC_ALL=C
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=passive LC_ALL=C
 
 pass() { echo "ok   $1"; passed=$((passed + 1)); }
 fail() { echo "FAIL $1: $2"; failed=$((failed + 1)); }

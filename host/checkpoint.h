@@ -252,6 +252,8 @@ static bool is_ignorable(const char* name) {
     if (!strncmp(name, "transformer.", 12)) name += 12;
     if (!strncmp(name, "adam_m.", 7) || !strncmp(name, "adam_v.", 7) || !strcmp(name, "lm_head.weight"))
         return true;
+    if (!strncmp(name, "grad.", 5) || !strncmp(name, "hc.", 3)) return true;                // what else a dump holds
+    if (!strcmp(name, "tokens") || !strcmp(name, "targets") || !strcmp(name, "logits") || !strcmp(name, "losses")) return true;
     const char *mask = strrchr(name, '.'), *masks[] = {".attn.bias", ".attn.masked_bias"}; // GPT-2's buffers
     for (int i = 0; mask && i < 2; i++)
         if (length > strlen(masks[i]) && !strcmp(name + strlen(name) - strlen(masks[i]), masks[i]))

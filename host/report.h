@@ -15,20 +15,21 @@ static void print_bar(const Run* run) {
 
 static void report_step(Run* run, const StepReport* r, const Gain* gain, double mean_seconds) {
     const Options* o = &run->o;
+    long step = run->step + (r->verdict == VERDICT_STOP);       // one that stops the run is not finished
     double tokens = (double)o->micro_batches * (double)o->batch * (double)o->seq;
     double mfu = run->peak > 0 ? flops_per_token(&run->model, run->c.T) * tokens / r->seconds / run->peak : 0;
     long left = (long)(mean_seconds * (double)(o->steps - run->step));
-    if (run->step % o->log_every == 0 || run->step == o->steps || r->verdict != VERDICT_APPLY) {
+    if (step % o->log_every == 0 || step == o->steps || r->verdict != VERDICT_APPLY) {
         printf("%sstep %5ld/%ld | loss %.4f (z %+.1f) | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | MFU "
                "%.0f %% | ETA %ld:%02ld",
-               isatty(STDOUT_FILENO) ? "\r\033[K" : "", run->step, o->steps, r->loss, r->z, r->norm, r->lr,
+               isatty(STDOUT_FILENO) ? "\r\033[K" : "", step, o->steps, r->loss, r->z, r->norm, r->lr,
                1e3 * r->seconds, tokens / r->seconds, 100 * mfu, left / 60, left % 60);
         if (gain) printf(" | gain %.3f / %.3f", gain->forward_max, gain->backward_max);
         printf("%s%s\n", r->verdict == VERDICT_APPLY ? "" : " | not applied: ", r->culprit);
         print_bar(run);
     }
     runlog_begin(&run->log, "step");
-    runlog_int(&run->log, "step", run->step);
+    runlog_int(&run->log, "step", step);
     runlog_int(&run->log, "tokens", (long long)run->tokens_seen);
     runlog_real(&run->log, "loss", r->loss);
     runlog_real(&run->log, "z", r->z);
