@@ -57,28 +57,33 @@ class Axes:
         value = math.log10(value) if self.log else value
         return BOTTOM - (BOTTOM - TOP) * (value - self.low) / (self.high - self.low)
 
-    def line(self, points, colour, width=2.2, dash="", opacity=1.0):
-        path = " ".join(f"{self.x(step):.1f},{self.y(value):.1f}" for step, value in points)
-        style = (f' stroke-dasharray="{dash}"' if dash else "") + (f' opacity="{opacity}"' if opacity < 1 else "")
-        return (f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" '
-                f'stroke-linejoin="round" stroke-linecap="butt"{style}/>')
+    def line(self, points, colour, width=2.2, dash="none"):
+        places = " ".join(f"{self.x(step):.1f},{self.y(value):.1f}" for step, value in points)
+        return (f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="{width}" '
+                f'stroke-dasharray="{dash}" stroke-linejoin="round"/>')
 
     def frame(self, title, unit, ticks):
-        out = [text(self.left, TOP - 20, title, size=14, weight=600), text(self.right, TOP - 20, unit, anchor="end", fill=SOFT)]
+        out = [text(self.left, TOP - 20, title, size=14, weight=600),
+               text(self.right, TOP - 20, unit, anchor="end", fill=SOFT)]
         for value, label in ticks:
-            y = self.y(value)
-            out.append(f'<line x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>')
-            out.append(text(self.left - 9, y + 4, label, anchor="end", fill=SOFT))
+            out.append(rule(self.left, self.right, self.y(value), GRID))
+            out.append(text(self.left - 9, self.y(value) + 4, label, anchor="end", fill=SOFT))
         for step in nice_ticks(0, self.last_step, 4):
-            out.append(text(self.x(step), BOTTOM + 20, f"{step:g}" if step else "step 0", anchor="middle", fill=SOFT))
-        out.append(f'<line x1="{self.left}" x2="{self.right}" y1="{BOTTOM}" y2="{BOTTOM}" stroke="{SOFT}"/>')
-        return out
+            label = f"{step:g}" if step else "step 0"
+            out.append(text(self.x(step), BOTTOM + 20, label, anchor="middle", fill=SOFT))
+        return out + [rule(self.left, self.right, BOTTOM, SOFT)]
 
 
 def text(x, y, words, size=12, fill=INK, anchor="start", weight=400):
     words = words.replace("&", "&amp;").replace("<", "&lt;")
     return (f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" text-anchor="{anchor}" '
             f'font-weight="{weight}">{words}</text>')
+
+
+def rule(left, right, y, colour, width=1, dash="none"):
+    """A horizontal line."""
+    return (f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" '
+            f'stroke-width="{width}" stroke-dasharray="{dash}"/>')
 
 
 def nice_ticks(low, high, count):
@@ -104,22 +109,22 @@ def loss_panel(runs, last_step, unit):
 def legend_row(row, name, val_loss):
     """In the upper right of the loss, where a loss never is; with the validation loss at the end."""
     x, y = PANELS[0][1] - 168, TOP + 40 + 19 * row
-    out = [f'<line x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}" stroke="{COLOURS[name]}" stroke-width="3"/>',
-           text(x + 30, y, NAMES[name])]
+    out = [rule(x, x + 22, y - 4, COLOURS[name], width=3), text(x + 30, y, NAMES[name])]
     if row == 0 and val_loss:
         out.append(text(PANELS[0][1] - 8, y - 20, "validation", anchor="end", fill=SOFT))
     return out + [text(PANELS[0][1] - 8, y, f"{value:.3f}", anchor="end") for _, value in val_loss[-1:]]
 
 
 def number(value):
-    return f"{value:,.0f}".replace(",", " ") if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.3f}"
+    return f"{value:,.0f}".replace(",", " ") if value >= 100 else f"{value:#.4g}"
 
 
 def gain_panel(runs, last_step):
     values = [value for run in runs.values() for side in ("gain_fwd", "gain_bwd") for _, value in run[side]]
     axes = Axes(PANELS[1], last_step, min(0.4, min(values) / 2), max(values) * 2.5, log=True)
     decades = [10.0 ** d for d in range(math.ceil(axes.low), math.floor(axes.high) + 1)]
-    out = axes.frame("composite gain", "times, log scale", [(v, f"{v:,.15g}".replace(",", " ")) for v in decades])
+    ticks = [(value, f"{value:,.15g}".replace(",", " ")) for value in decades]
+    out = axes.frame("composite gain", "times, log scale", ticks)
     for name, run in runs.items():
         out.append(axes.line(run["gain_bwd"], COLOURS[name], width=1.8, dash="5 3"))
         out.append(axes.line(run["gain_fwd"], COLOURS[name]))
@@ -129,13 +134,15 @@ def gain_panel(runs, last_step):
 def gain_labels(runs, axes):
     out = []
     for name, run in runs.items():
-        (step, top), (_, backward) = (max(run[side], key=lambda point: point[1]) for side in ("gain_fwd", "gain_bwd"))
-        colour, gains = COLOURS[name], f"{number(top)} forward, {number(backward)} backward"
+        step, forward = max(run["gain_fwd"], key=lambda point: point[1])
+        backward = max(value for _, value in run["gain_bwd"])
+        above, colour = axes.y(max(forward, backward)) - 9, COLOURS[name]
+        gains = f"up to {number(forward)} forward, {number(backward)} backward"
         if name == "hc":
             x = min(max(axes.x(step), axes.left + 110), axes.right - 110)
-            out.append(text(x, axes.y(max(top, backward)) - 9, f"HC: up to {gains}", fill=colour, anchor="middle"))
+            out.append(text(x, above, f"HC: {gains}", fill=colour, anchor="middle"))
         elif name == "mhc":
-            out.append(text(axes.right - 4, axes.y(max(top, backward)) - 9, f"mHC: up to {gains}", fill=colour, anchor="end"))
+            out.append(text(axes.right - 4, above, f"mHC: {gains}", fill=colour, anchor="end"))
         else:
             out.append(text(axes.right - 4, axes.y(1) + 18, "plain residual: 1", fill=colour, anchor="end"))
     return out
@@ -143,8 +150,8 @@ def gain_labels(runs, axes):
 
 def dash_legend():
     out, x, y = [], PANELS[1][0], BOTTOM + 41
-    for label, dash in (("forward: the signal", ""), ("backward: the gradient", ' stroke-dasharray="5 3"')):
-        out.append(f'<line x1="{x}" x2="{x + 25}" y1="{y - 4}" y2="{y - 4}" stroke="{INK}" stroke-width="2"{dash}/>')
+    for label, dash in (("forward: the signal", "none"), ("backward: the gradient", "5 3")):
+        out.append(rule(x, x + 25, y - 4, INK, width=2, dash=dash))
         out.append(text(x + 31, y, label, fill=SOFT))
         x += 168
     return out
@@ -154,19 +161,27 @@ def draw(runs, setting):
     last_step = max(step for run in runs.values() for step, _ in run["loss"])
     unit = "nats per byte" if setting["vocab"] == "256" else "nats per token"
     source = "the built-in corpus" if not setting["data"] else os.path.basename(setting["data"])
-    title = f"{2 * int(setting['layers'])} residual connections in a row: what they learn, what they multiply"
-    about = (f"{setting['layers']} blocks of width {setting['width']}, {setting['streams']} streams, learning rate "
-             f"{float(setting['lr']):g}, {source}, seed {setting['seed']}; losses are means over {2 * reach(last_step) + 1} steps")
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-           'font-family="-apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
-           f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10" fill="#ffffff" stroke="{GRID}"/>',
+    count = 2 * int(setting["layers"])
+    title = f"{count} residual connections in a row: what they learn, what they multiply"
+    about = (f"{setting['layers']} blocks of width {setting['width']}, {setting['streams']} streams, "
+             f"learning rate {float(setting['lr']):g}, {source}, seed {setting['seed']}; "
+             f"losses are means over {2 * reach(last_step) + 1} steps")
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+           f'height="{HEIGHT}" font-family="-apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
+           f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10" fill="#ffffff" '
+           f'stroke="{GRID}"/>',
            text(24, 36, title, size=17, weight=600), text(24, 58, about, fill=SOFT)]
-    return "\n".join(out + loss_panel(runs, last_step, unit) + gain_panel(runs, last_step) + ["</svg>", ""])
+    out += loss_panel(runs, last_step, unit) + gain_panel(runs, last_step)
+    return "\n".join(out + ["</svg>", ""])
+
+
+def fail(message):
+    sys.exit(print(message, file=sys.stderr) or 2)
 
 
 def main():
     if len(sys.argv) != 2:
-        sys.exit(print(__doc__, file=sys.stderr) or 2)
+        fail(__doc__)
     folder = sys.argv[1]
     try:
         runs = read(os.path.join(folder, "gain.csv"))
@@ -175,7 +190,7 @@ def main():
         if not all(runs.get(name, {}).get("gain_fwd") for name in NAMES):
             raise ValueError("found no gains of " + ", ".join(NAMES))
     except (OSError, ValueError, KeyError) as problem:
-        sys.exit(print(f"{folder}: {problem}, expected the files of scripts/fig_gain.sh, run it first", file=sys.stderr) or 2)
+        fail(f"{folder}: {problem}, expected the files of scripts/fig_gain.sh, run it first")
     with open(os.path.join(folder, "gain.svg"), "w") as file:
         file.write(draw(runs, setting))
 

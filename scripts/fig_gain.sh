@@ -1,10 +1,10 @@
 #!/bin/sh
-# The paper's central figure, on two cores in minutes: plain residual, HC and mHC train on the same data from the same
-# start. Loss over the steps, and what 60 sublayers (the depth of the paper's largest model) multiply a signal and a
-# gradient by.
+# The paper's central figure, on two cores in minutes: plain residual, HC and mHC train on the same data from
+# the same start. Loss over the steps, and what 60 sublayers (as in the paper's largest model) multiply
+# a signal and a gradient by.
 #     sh scripts/fig_gain.sh [TEXT.txt] [--steps 200, or other options of train_gpt_mhc]
-# Without a text the built-in corpus is trained on. Writes out/fig_gain/{plain,hc,mhc}/run.jsonl, out/fig_gain/gain.csv
-# and, where there is a Python 3, out/fig_gain/gain.svg.
+# Without a text the built-in corpus is trained on. Writes out/fig_gain/{plain,hc,mhc}/run.jsonl and gain.csv
+# beside them, and gain.svg where there is a Python 3.
 set -eu
 
 case "${1:---}" in
@@ -42,8 +42,8 @@ threads=$(($(getconf _NPROCESSORS_ONLN) / 2))
 run() {
     residual=$1
     shift
-    OMP_NUM_THREADS=$threads ./train_gpt_mhc --config $dir/recipe.cfg --residual "$residual" --out "$dir/$residual" "$@" \
-        > "$dir/$residual.log" && grep -q '^done' "$dir/$residual.log" && return
+    OMP_NUM_THREADS=$threads ./train_gpt_mhc --config $dir/recipe.cfg --residual "$residual" \
+        --out "$dir/$residual" "$@" > "$dir/$residual.log" && grep -q '^done' "$dir/$residual.log" && return
     echo "$residual: did not finish, see above and $dir/$residual.log" >&2
     return 1
 }
@@ -58,7 +58,8 @@ rows() {
         }
         index($0, "{\"type\":\"step\"") == 1 {
             if (row) print row ","
-            row = residual "," value("step") "," value("loss") "," value("grad_norm") "," value("gain_fwd") "," value("gain_bwd")
+            row = residual "," value("step") "," value("loss") "," value("grad_norm")
+            row = row "," value("gain_fwd") "," value("gain_bwd")
         }
         index($0, "{\"type\":\"val\"") == 1 { print row "," value("loss"); row = "" }
         END { if (row) print row "," }' "$dir/$1/run.jsonl"
@@ -72,7 +73,7 @@ wait $! || failed=yes
 echo residual,step,loss,grad_norm,gain_fwd,gain_bwd,val_loss > $dir/gain.csv
 for residual in plain hc mhc; do
     rows $residual >> $dir/gain.csv
-    echo "$residual: $(grep '^step' $dir/$residual.log | tail -n 1); $(grep -o '^val loss [0-9.]*' $dir/$residual.log | tail -n 1)"
+    echo "$residual: $(grep '^step' $dir/$residual.log | tail -n 1)"
 done
 if command -v python3 > /dev/null; then
     python3 scripts/fig_gain.py $dir

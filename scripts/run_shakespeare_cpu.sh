@@ -1,6 +1,6 @@
 #!/bin/sh
-# nanoGPT's example for a CPU: 0.8 M parameters on tiny Shakespeare. After 2000 steps nanoGPT reports a validation
-# loss of 1.88; its characters and our bytes are the same symbols. Losses here are of the whole validation text.
+# nanoGPT's example for a CPU: 0.8 M parameters, tiny Shakespeare, 2000 steps to a validation loss of 1.88.
+# Its characters and our bytes are the same symbols; validation here is all of the last tenth of the text.
 #     sh data/shakespeare.sh
 #     sh scripts/run_shakespeare_cpu.sh data/tinyshakespeare.txt
 #     sh scripts/run_shakespeare_cpu.sh data/tinyshakespeare.txt --residual plain --out out/shakespeare_plain
