@@ -50,8 +50,9 @@ build/test_%: host/test_%.c $(SOURCES) | build
 build/test_%: data/test_%.c $(SOURCES) | build
 	$(CC) $(CFLAGS) $< -o $@ -lm
 
+TEST_SCRIPTS ?= $(wildcard dev/test_*.sh)
 test: train_gpt_mhc $(TESTS)
-	PYTHON=$(PYTHON) sh dev/test.sh $(TESTS)
+	PYTHON=$(PYTHON) sh dev/test.sh $(TESTS) $(TEST_SCRIPTS)
 
 deps:
 	sh dev/deps.sh

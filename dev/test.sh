@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the test programs given, then every dev/test_*.sh, and adds up their `N passed, N failed`. Exit 1 on any failure.
+# Runs the test programs and scripts given and adds up their `N passed, N failed`. Exit 1 on any failure.
 # A program that ends without that line counts as one failure.
 passed=0 failed=0
 log=$(mktemp) && trap 'rm -f "$log"' EXIT
@@ -17,7 +17,8 @@ tally() {
     passed=$((passed + p)) failed=$((failed + f))
 }
 
-for program in "$@"; do tally "$program"; done
-for script in dev/test_*.sh; do tally sh "$script"; done
+for program in "$@"; do
+    case $program in *.sh) tally sh "$program" ;; *) tally "$program" ;; esac
+done
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]
