@@ -190,11 +190,11 @@ static double loss_with(Rig* r, size_t index, real value) {
 }
 
 // Central differences of fourth order, of at most `limit` numbers of tensor t, spread over it, against the
-// gradient. h = 3e-4: the truncation is h^4 / 30 = 3e-16 of the fifth derivative. A loss near 2.4, a sum of
-// hundreds of terms, is uncertain by some 10 ulp = 4e-15, over h 1e-11: that much of a difference is no
-// error.
+// gradient. h = 1e-4: the truncation is h^4 / 30 = 3e-18 of the fifth derivative, which a LayerNorm of small
+// numbers makes large. A loss near 2.4, a sum of hundreds of terms, is uncertain by some 10 ulp = 4e-15, over
+// h 4e-11: that is no error.
 static double difference_error(Rig* r, const Tensor* t, size_t limit) {
-    const double h = 3e-4, rounding = 1e-11;
+    const double h = 1e-4, rounding = 4e-11;
     size_t count = tensor_size(t), step = count > limit ? count / limit : 1;
     double error = 0, norm = 0;
     for (size_t e = t->first; e < t->first + count; e += step) {
@@ -220,7 +220,7 @@ static void check_differences(const char* what, const Config* c, double sharpnes
         double error = difference_error(&r, &r.model.tensors[i], 12);
         if (keep_worst(&largest, error)) snprintf(worst, sizeof worst, "%s", r.model.tensors[i].name);
     }
-    check(largest <= 1e-6, "differences, %s: largest relative error %.1e (%s)", what, largest, worst);
+    check(largest <= 2e-7, "differences, %s: largest relative error %.1e (%s)", what, largest, worst);
     rig_close(&r);
 }
 
