@@ -50,13 +50,13 @@ write_shard() {
 
 # write_tokens DOUBLINGS: 16-bit tokens, 8 * 2^DOUBLINGS of them
 write_tokens() {
-    printf 'a\000b\000\001\001c\000d\000\002\000\003\000e\000' > "$work/tokens"
+    printf 'a\000b\000\001\001c\000d\000\002\000\003\000e\000' > "$work/pairs"
     i=0
     while [ $i -lt "$1" ]; do
-        cat "$work/tokens" "$work/tokens" > "$work/twice" && mv "$work/twice" "$work/tokens"
+        cat "$work/pairs" "$work/pairs" > "$work/twice" && mv "$work/twice" "$work/pairs"
         i=$((i + 1))
     done
-    cat "$work/tokens"
+    cat "$work/pairs"
 }
 
 # 256 bytes, the end of text and two merges, in llm.c's tokenizer format
