@@ -215,15 +215,17 @@ static bool file_is_transposed(const SafeFile* f) {
     return t && t->rank == 2 && t->shape[1] == 3 * t->shape[0];
 }
 
+// cols 0: a vector was expected
 static bool wrong_shape(const SafeFile* f, const SafeTensor* found, size_t rows, size_t cols, Error* e) {
-    char shape[SAFE_MAX_RANK * 24] = "";
+    char shape[SAFE_MAX_RANK * 24] = "", expected[64];
     for (int i = 0, length = 0; i < found->rank; i++)
         length += snprintf(shape + length, sizeof shape - (size_t)length, i ? ", %llu" : "%llu",
                            (unsigned long long)found->shape[i]);
+    int start = snprintf(expected, sizeof expected, "%zu", rows);
+    if (cols) snprintf(expected + start, sizeof expected - (size_t)start, ", %zu", cols);
     return fail(e,
-                "%s: tensor %s: found shape (%s), expected (%zu, %zu), choose the --model and options it was "
-                "made with",
-                f->path, found->name, shape, rows, cols);
+                "%s: tensor %s: found shape (%s), expected (%s), choose the --model and options it was made with",
+                f->path, found->name, shape, expected);
 }
 
 // numbers (rows, cols) of tensor t from the file; a longer wpe is cut
@@ -234,7 +236,7 @@ static bool load_tensor(const SafeFile* f, const SafeTensor* found, const Tensor
     size_t rows = turned ? t->cols : t->rows, cols = turned ? t->rows : t->cols, count = tensor_size(t);
     if (found->rank != (vector ? 1 : 2) || (cut ? found->shape[0] < rows : found->shape[0] != rows) ||
         (!vector && found->shape[1] != cols))
-        return wrong_shape(f, found, rows, cols, e);
+        return wrong_shape(f, found, rows, vector ? 0 : cols, e);
     float* values = (float*)allocate(safetensors_count(found), sizeof(float));
     bool good = safetensors_read_f32(f, found, values, e);
     if (good && found->shape[0] > rows)
@@ -252,8 +254,10 @@ static bool is_ignorable(const char* name) {
     if (!strncmp(name, "transformer.", 12)) name += 12;
     if (!strncmp(name, "adam_m.", 7) || !strncmp(name, "adam_v.", 7) || !strcmp(name, "lm_head.weight"))
         return true;
-    if (!strncmp(name, "grad.", 5) || !strncmp(name, "hc.", 3)) return true;                // what else a dump holds
-    if (!strcmp(name, "tokens") || !strcmp(name, "targets") || !strcmp(name, "logits") || !strcmp(name, "losses")) return true;
+    const char* dumped[] = {"tokens", "targets", "logits", "losses"};           // a dump has more than parameters
+    for (int i = 0; i < 4; i++)
+        if (!strcmp(name, dumped[i])) return true;
+    if (!strncmp(name, "grad.", 5) || !strncmp(name, "hc.", 3)) return true;
     const char *mask = strrchr(name, '.'), *masks[] = {".attn.bias", ".attn.masked_bias"}; // GPT-2's buffers
     for (int i = 0; mask && i < 2; i++)
         if (length > strlen(masks[i]) && !strcmp(name + strlen(name) - strlen(masks[i]), masks[i]))
