@@ -27,7 +27,7 @@ train_gpt_mhc: train_gpt_mhc.c $(SOURCES) Makefile
 	$(CC) $(CFLAGS) -DGIT_HASH='"$(GIT_HASH)"' $< -o $@ -lm
 
 train train-cpu: train_gpt_mhc
-	./train_gpt_mhc --out $(DIR) --overwrite $(ARGS)
+	./train_gpt_mhc --config scripts/tiny.cfg --out $(DIR) --overwrite $(ARGS)
 
 # --- checks. They include the trainer and call parts of it.
 
