@@ -1,6 +1,6 @@
 #!/bin/sh
-# dev/fuzz.sh [SECONDS]: damaged files for every parser, SECONDS (20) each: clang's libFuzzer with the address and
-# undefined-behaviour sanitizers. A parser has its target in its own header, behind FUZZING.
+# dev/fuzz.sh [SECONDS]: damaged files for every parser, 20 seconds each: clang's libFuzzer with the address
+# and undefined-behaviour sanitizers. A parser has its target in its own header, behind FUZZING.
 seconds=${1:-20}
 . dev/testlib.sh
 
@@ -8,7 +8,8 @@ cat > "$work/probe.c" << 'C'
 int LLVMFuzzerTestOneInput(const unsigned char* data, unsigned long size);
 int LLVMFuzzerTestOneInput(const unsigned char* data, unsigned long size) { return data && size > 1u << 30; }
 C
-flags="-x c -std=c11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DFUZZING -D_GNU_SOURCE"
+sanitizers="-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all"
+flags="-x c -std=c11 -O1 -g $sanitizers -DFUZZING -D_GNU_SOURCE"
 if ! clang $flags "$work/probe.c" -o "$work/probe" 2> "$work/log"; then
     skip "fuzzing" "clang cannot link -fsanitize=fuzzer,address,undefined (make deps installs clang)"
     finish
@@ -23,17 +24,21 @@ seed() {
         write_tokens 2 | write_shard 20240801 7 16 > "$2/shard32"
         ;;
     safetensors)            # two bytes for the length of the data, then the header
-        for file in dev/reference/golden/mhc.safetensors dev/reference/golden/gpt2_hf.safetensors "$work"/run/step_*; do
+        for file in dev/reference/golden/mhc.safetensors dev/reference/golden/gpt2_hf.safetensors \
+            "$work"/run/step_*; do
             header=$(($(od -An -tu1 -N 1 "$file") + 256 * $(od -An -tu1 -j 1 -N 1 "$file")))
             data=$(($(wc -c < "$file") - header - 8))
-            { byte $((data & 255)) $((data >> 8 & 255)); tail -c +9 "$file" | head -c $header; } > "$2/$(basename "$file")"
+            byte $((data & 255)) $((data >> 8 & 255)) > "$2/$(basename "$file")"
+            tail -c +9 "$file" | head -c $header >> "$2/$(basename "$file")"
         done
-        printf '\004\000{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"__metadata__":{"k":"\\u00e9"}}' > "$2/small"
+        printf '\004\000{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"__metadata__":{"\\u00e9":""}}' \
+            > "$2/small"
         ;;
     runlog) { byte 3; cat "$work/run/run.jsonl"; } > "$2/log" ;;
     options)
         "$trainer" --help | sed -n 's/^  --\([a-z0-9-]*\) .*(default \([^ ]*\))$/\1 = \2/p' > "$2/every"
-        printf '# a run\nmodel = d12\nlr=1e-3 # peak\nhc-maps = pre,res\nhc-static = true\nrecompute = auto\n' > "$2/some"
+        printf '# a run\nmodel = d12\nlr=1e-3 # peak\nhc-maps = pre,res\nrecompute = auto\n' \
+            > "$2/some"
         ;;
     esac
 }
@@ -48,7 +53,8 @@ fuzz() {
         return
     fi
     seed "$name" "$seeds"
-    "$work/fuzz_$name" -max_total_time="$seconds" -timeout=5 -rss_limit_mb=512 -malloc_limit_mb=64 -max_len=16384 -seed=1 \
+    "$work/fuzz_$name" -max_total_time="$seconds" -timeout=5 -rss_limit_mb=512 -malloc_limit_mb=64 \
+        -max_len=16384 -seed=1 \
         -artifact_prefix="$crashes/" -print_final_stats=1 "$seeds" > "$work/log" 2>&1
     status=$?
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$work/log")
@@ -61,7 +67,8 @@ fuzz() {
 }
 
 write_text > "$work/text.txt"
-"$trainer" --layers 1 --width 4 --heads 1 --seq 8 --batch 1 --steps 6 --gain-every 2 --data "$work/text.txt" --tokens 8 --out "$work/run" \
-    > "$work/log" 2>&1 || fail "a run for its files" "$(tail -n 1 "$work/log")"
+"$trainer" --layers 1 --width 4 --heads 1 --seq 8 --batch 1 --steps 6 --gain-every 2 \
+    --data "$work/text.txt" --tokens 8 --out "$work/run" > "$work/log" 2>&1 ||
+    fail "a run for its files" "$(tail -n 1 "$work/log")"
 for header in $(grep -l LLVMFuzzerTestOneInput data/*.h host/*.h); do fuzz "$header"; done
 finish

@@ -1,7 +1,8 @@
 #!/bin/sh
-# The trainer against the PyTorch model, which shares no line with it: for each residual mode dumps at the start and after
-# 20 steps, those 20 steps, and the checkpoint read in Python. Then every kind of connection, after 20 steps at a learning
-# rate that takes it far, where fp32 rounding may exceed any tolerance that finds mistakes: so with a build in double.
+# The trainer against the PyTorch model, which shares no line with it: for each residual mode dumps at the
+# start and after 20 steps, those 20 steps, and the checkpoint read in Python. Then every kind of connection,
+# after 20 steps at a learning rate that takes it far, where fp32 rounding may exceed any tolerance that finds
+# mistakes: so with a build in double.
 . dev/testlib.sh
 
 if ! "$python" -c 'import torch' 2> /dev/null; then
@@ -23,13 +24,16 @@ run() {
     shift 2
     "$program" $train --out "$name" "$@" > log 2>&1 \
         && "$program" $train "$@" --dump "$name/start.safetensors" > log 2>&1 \
-        && "$program" $train "$@" --init-from "$name/step_00000020.safetensors" --dump "$name/trained.safetensors" > log 2>&1 \
+        && "$program" $train "$@" --init-from "$name/step_00000020.safetensors" \
+            --dump "$name/trained.safetensors" > log 2>&1 \
         || fail "$name" "$(tail -n 1 log)"
 }
 far() { run "$double" "$@" --lr 2e-2; }
 
 small="--layers 2 --width 16 --heads 2 --seq 16 --batch 2"
-for mode in none plain hc mhc ihc; do run "$trainer" $mode $small --micro-batches 2 --residual $mode --lr 1e-3; done
+for mode in none plain hc mhc ihc; do
+    run "$trainer" $mode $small --micro-batches 2 --residual $mode --lr 1e-3
+done
 for mode in none plain hc mhc ihc; do far far_$mode $small --residual $mode; done
 for order in rc c r none; do far order_$order $small --sinkhorn-order $order --sinkhorn-iters 3; done
 for maps in none pre post res pre,res; do far maps_$maps $small --hc-maps $maps; done
@@ -54,17 +58,18 @@ def dump(path):
     results = check_dump.check_file(path)
     bad = [f"{name} {relative or 0:.1e} {remark}" for name, passed, relative, remark in results if not passed]
     floors = sum(1 for result in results if result[1] and result[3])
-    worst = max((relative or 0 for _, passed, relative, remark in results if passed and not remark), default=0)
+    worst = max((result[2] or 0 for result in results if result[1] and not result[3]), default=0)
     return not bad, f"{len(results)} tensors, worst {worst:.1e}, {floors} zero to rounding", bad
 
 def training(folder):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        passed, failed = check_training.check(folder + "/start.safetensors", folder + "/run.jsonl", "text.txt")
-    return passed == 20 and not failed, "20 steps", [line for line in out.getvalue().splitlines() if "FAIL" in line]
+        counts = check_training.check(folder + "/start.safetensors", folder + "/run.jsonl", "text.txt")
+    return counts == (20, 0), "20 steps", [line for line in out.getvalue().splitlines() if "FAIL" in line]
 
 def checkpoint(folder):
-    model, dumped = (GPT.from_safetensors(f"{folder}/{name}.safetensors") for name in ("step_00000020", "trained"))
+    model = GPT.from_safetensors(folder + "/step_00000020.safetensors")
+    dumped = GPT.from_safetensors(folder + "/trained.safetensors")
     pairs = list(zip(model.state_dict().items(), dumped.state_dict().items()))
     same = all(a == c and torch.equal(b, d) for (a, b), (c, d) in pairs)
     return same, f"{len(pairs)} tensors", []
@@ -84,11 +89,18 @@ for folder in sorted(name for name in sys.argv[2:] if os.path.isdir(name)):
         check(folder + ": our checkpoint in Python", checkpoint, folder)
 print("end")
 PYTHON
-if [ "$(tail -n 1 python.out)" = end ]; then pass "the oracle ran to its end"; else fail "the oracle ran to its end" "$(tail -n 1 python.err)"; fi
+if [ "$(tail -n 1 python.out)" = end ]; then
+    pass "the oracle ran to its end"
+else
+    fail "the oracle ran to its end" "$(tail -n 1 python.err)"
+fi
 grep '^ok\|^FAIL' python.out
 passed=$((passed + $(grep -c '^ok' python.out))) failed=$((failed + $(grep -c '^FAIL' python.out)))
 
-reference() { (cd "$root/dev/reference" && PYTHONDONTWRITEBYTECODE=1 "$python" test_reference.py > "$work/reference" 2>&1); }
-if reference; then pass "the oracle itself: $(tail -n 1 reference)"; else fail "the oracle itself" "$(grep FAIL reference; tail -n 1 reference)"; fi
+if (cd "$root/dev/reference" && PYTHONDONTWRITEBYTECODE=1 "$python" test_reference.py) > reference 2>&1; then
+    pass "the oracle itself: $(tail -n 1 reference)"
+else
+    fail "the oracle itself" "$(grep FAIL reference; tail -n 1 reference)"
+fi
 
 finish

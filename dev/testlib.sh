@@ -1,11 +1,14 @@
-# What the test scripts share; `. dev/testlib.sh` from the repository root. TRAINER names another build to test.
+# What the test scripts share; `. dev/testlib.sh` from the repository root. TRAINER: another build to test.
 
 passed=0 failed=0
 trainer=${TRAINER:-./train_gpt_mhc}
 python=${PYTHON:-/usr/bin/python3}
 root=$PWD
 case $trainer in /*) ;; *) trainer=$root/$trainer ;; esac
-[ -x "$trainer" ] || { echo "FAIL $trainer: found no program, expected one, run make train_gpt_mhc"; exit 1; }
+if [ ! -x "$trainer" ]; then
+    echo "FAIL $trainer: found no program, expected one, run make train_gpt_mhc"
+    exit 1
+fi
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT && trap 'exit 1' INT TERM
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=passive LC_ALL=C
 
@@ -17,7 +20,9 @@ skip() { echo "skip $1: $2"; }
 check() {
     what=$1
     shift
-    if "$@" > "$work/check.out" 2>&1; then pass "$what"; else fail "$what" "$* said: $(head -c 400 "$work/check.out")"; fi
+    if "$@" > "$work/check.out" 2>&1; then pass "$what"
+    else fail "$what" "$* said: $(head -c 400 "$work/check.out")"
+    fi
 }
 
 finish() {

@@ -254,7 +254,7 @@ static bool is_ignorable(const char* name) {
     if (!strncmp(name, "transformer.", 12)) name += 12;
     if (!strncmp(name, "adam_m.", 7) || !strncmp(name, "adam_v.", 7) || !strcmp(name, "lm_head.weight"))
         return true;
-    const char* dumped[] = {"tokens", "targets", "logits", "losses"};           // a dump has more than parameters
+    const char* dumped[] = {"tokens", "targets", "logits", "losses"};   // a dump has more than parameters
     for (int i = 0; i < 4; i++)
         if (!strcmp(name, dumped[i])) return true;
     if (!strncmp(name, "grad.", 5) || !strncmp(name, "hc.", 3)) return true;

@@ -115,7 +115,9 @@ static void log_run(Run* run) {
         options_value(&run->o, row, text, sizeof text);
         runlog_text(&run->log, options_name(row), text);
     }
-    if (!runlog_end(&run->log)) die("%s/run.jsonl: cannot be written (%s), expected room for a run, choose another --out", run->o.out, strerror(errno));
+    if (!runlog_end(&run->log))
+        die("%s/run.jsonl: cannot be written (%s), expected room for a run, choose another --out", run->o.out,
+            strerror(errno));
 }
 
 static int stop_run(Run* run, const char* why, int status) {
