@@ -182,7 +182,7 @@ static inline bool options_given(const OptionsGiven* given, const char* name) {
 typedef struct { const char* name; long layers, width, heads, seq; } ModelShape;
 
 static const ModelShape model_shapes[] = {
-    {"tiny",         4,  128,  4,  256},      // its default run on the built-in corpus fits 5 minutes on 2 cores
+    {"tiny",         4,  128,  4,  256},      // trains in minutes on 2 cores
     {"gpt2",        12,  768, 12, 1024},
     {"gpt2-medium", 24, 1024, 16, 1024},
     {"gpt2-large",  36, 1280, 20, 1024},
