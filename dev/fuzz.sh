@@ -31,7 +31,7 @@ seed() {
             byte $((data & 255)) $((data >> 8 & 255)) > "$2/$(basename "$file")"
             tail -c +9 "$file" | head -c $header >> "$2/$(basename "$file")"
         done
-        printf '\004\000{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"__metadata__":{"\\u00e9":""}}' \
+        printf '\004\000{"":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"__metadata__":{"\\u00e9":""}}' \
             > "$2/small"
         ;;
     runlog) { byte 3; cat "$work/run/run.jsonl"; } > "$2/log" ;;

@@ -111,7 +111,7 @@ from() {
 check "--resume in an empty directory still starts --init-from a file" from
 
 overwrite() {
-    must 0 "$trainer" $tiny --steps 2 --out part --overwrite && no_leftovers part
+    must 0 "$trainer" $tiny --steps 2 --out part --overwrite && no_leftovers part || return
     [ "$(ls part | grep -c step_)" = 1 ] && [ "$(grep -c '"type":"run"' part/run.jsonl)" = 1 ]
 }
 check "--overwrite leaves nothing of the earlier run" overwrite
