@@ -48,7 +48,6 @@ INLINE int min_int(int a, int b) { return a < b ? a : b; }
 #ifdef _OPENMP
 static int thread_count(void) { return omp_get_max_threads(); }
 static int thread_index(void) { return omp_get_thread_num(); }
-static inline void set_threads(int count) { omp_set_num_threads(count); }
 
 // Starts the program again with threads that sleep while they wait. Spinning ones take the cores from those
 // that work as soon as anything else runs there (measured: 5 to 10 times slower), and libgomp decides before
@@ -61,8 +60,15 @@ static void wait_passively(char** argv) {
 #else
 static int thread_count(void) { return 1; }
 static int thread_index(void) { return 0; }
-static inline void set_threads(int count) { (void)count; }
 static void wait_passively(char** argv) { (void)argv; }
+#endif
+#ifdef TESTING
+static void set_threads(int count) {
+#ifdef _OPENMP
+    omp_set_num_threads(count);
+#endif
+    (void)count;
+}
 #endif
 
 // ------------------------------------------------------------------------------------------------
@@ -97,6 +103,13 @@ enum { VECTOR_BYTES = 32, TILE_ROWS = 6 };      // 12 of 16
 #else
 enum { VECTOR_BYTES = 16, TILE_ROWS = 6 };
 #endif
+#if defined(__CUDACC__)
+#define UNROLL                                  // nvcc's front end knows neither
+#elif defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)))); // + and * are SIMD
 
 enum {
@@ -130,7 +143,7 @@ INLINE void pack(real* RESTRICT dst, Matrix m, int count, int depth, const int w
 // One row of a tile: out[cols] = start (bias or what is there; NULL: zeros) + sum
 INLINE void store_row(real* out, const Vector* sum, const real* start, int cols) {
     if (cols == TILE_COLS)
-#pragma GCC unroll 4
+        UNROLL
         for (int v = 0; v < TILE_VECTORS; v++)
             *(Vector*)(out + v * VECTOR_LEN) =
                 start ? *(const Vector*)(start + v * VECTOR_LEN) + sum[v] : sum[v];
@@ -143,18 +156,18 @@ INLINE void store_row(real* out, const Vector* sum, const real* start, int cols)
 INLINE void tile(real* out, size_t stride, Matrix a, const real* b, int depth, int rows, int cols,
                  const real* bias, bool accumulate) {
     Vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
-#pragma GCC unroll 16
+    UNROLL
     for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 4
+        UNROLL
         for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = zero;
     for (int k = 0; k < depth; k++, b += TILE_COLS)
-#pragma GCC unroll 16
+        UNROLL
         for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 4
+            UNROLL
             for (int v = 0; v < TILE_VECTORS; v++)
                 sum[i][v] +=
                     a.at[min_int(i, rows - 1) * a.row + k * a.col] * *(const Vector*)(b + v * VECTOR_LEN);
-#pragma GCC unroll 16
+    UNROLL
     for (int i = 0; i < TILE_ROWS; i++)
         if (i < rows) store_row(out + i * stride, sum[i], accumulate ? out + i * stride : bias, cols);
 }
@@ -1667,7 +1680,7 @@ static double measure_peak(void) {
             for (int l = 0; l < VECTOR_LEN; l++) factor[l] = unknown;
             for (int i = 0; i < CHAINS; i++) sum[i] = factor * (real)i;
             for (int r = 0; r < ROUNDS; r++)
-#pragma GCC unroll 16
+                UNROLL
                 for (int i = 0; i < CHAINS; i++) sum[i] = sum[i] * factor + factor;
             for (int i = 0; i < CHAINS; i++) sink += (double)sum[i][0];
         }
