@@ -1365,7 +1365,7 @@ static void test_golden(void) {
         Comparison c = compare_file(&f);
         check(
             c.error <= tolerance && c.count > 10,
-            "%s: logits, losses, gradients and coefficients (%d tensors) are the oracle's: largest error %.1e (%s)",
+            "%s: logits, losses, gradients, coefficients (%d tensors) are the oracle's: largest error %.1e (%s)",
             files[i], c.count, c.error, c.worst);
         safetensors_close(&f);
     }

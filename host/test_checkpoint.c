@@ -193,11 +193,10 @@ static void test_damage(void) {
 }
 
 static void test_resume(void) {
-    start_or_die(
-        &run, "whole",
-        SMALL
-        "--streams 3 --batch 2 --micro-batches 2 --steps 30 --warmup 5 --lr 1e-2 --save-every 1 --keep 0 --gain-every 7 --tokens 4 "
-        "--on-spike skip");
+    start_or_die(&run, "whole",
+                 SMALL
+                 "--streams 3 --batch 2 --micro-batches 2 --steps 30 --warmup 5 --lr 1e-2 --save-every 1 "
+                 "--keep 0 --gain-every 7 --tokens 4 --on-spike skip");
     for (int i = 0; i < 200; i++)
         spikes_accept(&run.spikes, 5 + normal(1, (uint64_t)i));    // as after a longer run
     check(work(&run) == STATUS_DONE && run.step == 30, "a run of 30 steps");
