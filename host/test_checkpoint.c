@@ -663,7 +663,25 @@ static void test_spike_scores(void) {
           z);
 }
 
+// AdamW's first update, its bias corrected, is the learning rate in the direction of each gradient: to 1e-8
+// over |g| = 1e-3.
+static void test_first_update(void) {
+    StepReport r;
+    double worst = 0;
+    open_policy("stop");
+    const Tensor* t = tensor_named(&run.model, "ln_f.bias");
+    for (size_t i = t->first; i < t->first + tensor_size(t); i++)
+        run.model.grads[i] = (real)(i % 2 ? 1e-3 : -1e-3);
+    finish(&r, 5);
+    for (size_t i = t->first; i < t->first + tensor_size(t); i++)
+        worst = fmax(worst, fabs((double)(run.model.params[i] - saved_params[i]) / r.lr + (i % 2 ? 1 : -1)));
+    check(r.verdict == VERDICT_APPLY && run.step == 1 && r.lr == 1e-5 && worst <= 1e-3,
+          "the first update is the first learning rate, %g, to %.1e", r.lr, worst);
+    close_policy();
+}
+
 static void test_policy(void) {
+    test_first_update();
     test_nonfinite_gradients();
     test_nonfinite_policies();
     test_skip_limit();
@@ -673,26 +691,6 @@ static void test_policy(void) {
 
 // ------------------------------------------------------------------------------------------------
 // Data and batches
-
-// The head's gradient is wte's too; and what cannot be read is no gradient.
-static void test_accumulation(void) {
-    Error e;
-    double loss;
-    start_or_die(&run, "accumulation", SMALL "--batch 4");
-    randomise(&run.model, 1);
-    Model* m = &run.model;
-    real* grads = (real*)allocate(m->size, sizeof(real));
-    if (!accumulate_gradients(&run, &loss, &e)) die("%s", e.text);
-    memcpy(grads, m->grads, sizeof(real) * m->size);
-    zero_gradients(m);
-    double again = forward_backward(m, &run.acts, run.tokens, run.targets, 4, 12, 1);
-    for (int i = 0; i < 256 * 12; i++) m->grads[m->first[WTE] + (size_t)i] += m->head_grads[i];
-    check(loss == again && same_bits(grads, m->grads, m->size), "an update's gradients have the head's part");
-    run.c.V = 32;               // less than the letters of the text
-    check(!accumulate_gradients(&run, &loss, &e), "a token beyond the vocabulary is an error: %s", e.text);
-    free(grads);
-    close_run(&run);
-}
 
 // A gradient is a sum over 48 tokens in another order.
 static void test_micro_batches(void) {
@@ -747,7 +745,6 @@ static void test_validation(void) {
 }
 
 static void test_batches(void) {
-    test_accumulation();
     test_micro_batches();
     test_validation();
 }
