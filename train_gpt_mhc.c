@@ -49,18 +49,19 @@ INLINE int min_int(int a, int b) { return a < b ? a : b; }
 static int thread_count(void) { return omp_get_max_threads(); }
 static int thread_index(void) { return omp_get_thread_num(); }
 
-// Starts the program again with threads that sleep while they wait. Spinning ones take the cores from those
-// that work as soon as anything else runs there (measured: 5 to 10 times slower), and libgomp decides before
-// main.
-static void wait_passively(char** argv) {
-    if (getenv("OMP_WAIT_POLICY")) return;
+// Starts the program again with threads that spin briefly at a barrier and then sleep. Spinning for long
+// takes the cores from those that work as soon as anything else runs there (measured: 5 to 10 times slower),
+// sleeping at once costs a third of a small model's speed; and libgomp decides before main.
+static void wait_briefly(char** argv) {
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
     setenv("OMP_WAIT_POLICY", "passive", 1);
+    setenv("GOMP_SPINCOUNT", "20000", 1);       // about 50 us
     execv("/proc/self/exe", argv);              // where there is no such file: they spin
 }
 #else
 static int thread_count(void) { return 1; }
 static int thread_index(void) { return 0; }
-static void wait_passively(char** argv) { (void)argv; }
+static void wait_briefly(char** argv) { (void)argv; }
 #endif
 #ifdef TESTING
 static void set_threads(int count) {
@@ -2263,7 +2264,7 @@ static void close_run(Run* run) {
 int main(int argc, char** argv) {
     static Run run;
     Error e;
-    wait_passively(argv);
+    wait_briefly(argv);
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (!options_parse(&run.o, &run.given, argc, argv, &e)) die("%s", e.text);
     if (run.o.help) {

@@ -99,7 +99,7 @@ static void bench_steps(const Options* shape, int rounds, double peak) {
 
 int main(int argc, char** argv) {
     static Options o;
-    wait_passively(argv);
+    wait_briefly(argv);
     int rounds = argc > 1 ? atoi(argv[1]) : 15;
     const long shapes[][5] = {
         {4, 128, 4, 64, 12}, {4, 384, 6, 128, 4}, {2, 768, 12, 64, 4}}; // layers width heads seq batch
