@@ -379,7 +379,7 @@ class Workshop:
                                    stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
                                    start_new_session=True, preexec_fn=self.limit)
         os.close(theirs)
-        timer = threading.Timer(10 * self.seconds, os.killpg, (program.pid, signal.SIGKILL))
+        timer = threading.Timer(100 * self.seconds, os.killpg, (program.pid, signal.SIGKILL))
         timer.start()
         failed, passed = None, False
         try:
