@@ -640,6 +640,9 @@ static void test_spike_policies(void) {
     finish(&third, 3);
     check(first.z == second.z && second.z == third.z && third.verdict == VERDICT_SKIP,
           "three equal spikes in a row have one score, %.1f: none hides the next", first.z);
+    int skipped = 3;
+    while (skipped < 100 && finish(&third, 3) == VERDICT_SKIP) skipped++;
+    check(skipped == 9 && untouched(), "the tenth in a row stops the run (%d were skipped)", skipped);
     close_policy();
 }
 
@@ -875,6 +878,7 @@ static const Section sections[] = {{"files", test_files},     {"dump", test_dump
 
 int main(int argc, char** argv) {
     char path[RUNDIR_PATH];
+    wait_briefly(argv);
     snprintf(folder, sizeof folder, "/tmp/test_checkpoint_XXXXXX");
     if (!mkdtemp(folder)) die("%s: cannot be made", folder);
     FILE* text = fopen(below(path, "text.txt"), "wb");
