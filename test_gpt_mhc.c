@@ -1522,6 +1522,20 @@ static void test_eigenvalues(void) {
     qsort(found, 4, sizeof *found, compare_doubles);
     for (int i = 0; i < 4; i++) keep_worst(&worst, fabs(found[i] - diagonal[3 - i]));
     check(worst <= 1e-14, "eigenvalues of a turned diagonal: error %.1e", worst);
+    for (int n = 2; n <= MAX_N; n++) {
+        double T[MAX_N * MAX_N], squares = 0, left = 0, off = 0;
+        for (int e = 0; e < n * n; e++)
+            T[e] = uniform((uint64_t)n, (uint64_t)(min_int(e / n, e % n) * n + e / n + e % n));
+        for (int e = 0; e < n * n; e++) squares += T[e] * T[e];
+        eigenvalues(T, n);
+        for (int e = 0; e < n * n; e++) {
+            left += T[e] * T[e];
+            if (e / n != e % n) off = fmax(off, fabs(T[e]));
+        }
+        check(off <= 1e-14 && fabs(left / squares - 1) <= 1e-13,
+              "eigenvalues, n = %d: nothing is left off the diagonal (%.1e), squares sum up to the same", n,
+              off);
+    }
 }
 
 static void test_streams(void) {
@@ -1813,6 +1827,21 @@ static void test_layout(void) {
     test_initial_values();
 }
 
+// Counted by hand for L 2, C 8, V 11: 1848 weights but for positions, and 12 L C T for attention; with 4
+// streams 4 connections of 795 weights, which read, write and mix 24 times C.
+static void test_flops(void) {
+    Model m;
+    Config plain = small_config(RESIDUAL_PLAIN, 1), mhc = small_config(RESIDUAL_MHC, 4);
+    model_layout(&m, &plain);
+    check(flops_per_token(&m, 5) == 6 * 1848 + 12 * 2 * 8 * 5, "plain: %g FLOP a token",
+          flops_per_token(&m, 5));
+    model_close(&m);
+    model_layout(&m, &mhc);
+    check(flops_per_token(&m, 5) == 6 * (1848 + 4 * 795) + 12 * 2 * 8 * 5 + 6 * 4 * 24 * 8,
+          "mhc: %g FLOP a token", flops_per_token(&m, 5));
+    model_close(&m);
+}
+
 // ------------------------------------------------------------------------------------------------
 
 enum { FLOAT = 1, DOUBLE = 2, BOTH = FLOAT | DOUBLE };
@@ -1830,6 +1859,7 @@ static const Section sections[] = {
     {"gains", test_gains, BOTH},
     {"optimiser", test_optimiser, BOTH},
     {"layout", test_layout, FLOAT},
+    {"flops", test_flops, FLOAT},
     {"differences", test_differences, DOUBLE},
 };
 

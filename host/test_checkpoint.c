@@ -695,6 +695,26 @@ static void test_policy(void) {
 // ------------------------------------------------------------------------------------------------
 // Data and batches
 
+// The head's gradient is wte's too; and what cannot be read is no gradient.
+static void test_accumulation(void) {
+    Error e;
+    double loss;
+    start_or_die(&run, "accumulation", SMALL "--batch 4");
+    randomise(&run.model, 1);
+    Model* m = &run.model;
+    real* grads = (real*)allocate(m->size, sizeof(real));
+    if (!accumulate_gradients(&run, &loss, &e)) die("%s", e.text);
+    memcpy(grads, m->grads, sizeof(real) * m->size);
+    zero_gradients(m);
+    double again = forward_backward(m, &run.acts, run.tokens, run.targets, 4, 12, 1);
+    for (int i = 0; i < 256 * 12; i++) m->grads[m->first[WTE] + (size_t)i] += m->head_grads[i];
+    check(loss == again && same_bits(grads, m->grads, m->size), "an update's gradients have the head's part");
+    run.c.V = 32;               // less than the letters of the text
+    check(!accumulate_gradients(&run, &loss, &e), "a token beyond the vocabulary is an error: %s", e.text);
+    free(grads);
+    close_run(&run);
+}
+
 // A gradient is a sum over 48 tokens in another order.
 static void test_micro_batches(void) {
     static const char* const ways[] = {SMALL "--batch 4 --micro-batches 1",
@@ -748,6 +768,7 @@ static void test_validation(void) {
 }
 
 static void test_batches(void) {
+    test_accumulation();
     test_micro_batches();
     test_validation();
 }
