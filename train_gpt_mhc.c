@@ -203,17 +203,20 @@ static void matmul_block(real* out, size_t stride, Matrix a, Matrix b, int i0, i
     }
 }
 
+static int chunks(int count, int size) { return (count + size - 1) / size; }
+
 // out (M, N) with the given row stride. Inside a parallel region it runs on the calling thread.
 static void matmul(real* out, size_t stride, Matrix a, Matrix b, int M, int N, int K, const real* bias,
                    bool accumulate) {
-    int rows = M, panels = (N + PANEL_COLS - 1) / PANEL_COLS; // rows of a task: a few tasks for every thread
-    while (rows > 8 * TILE_ROWS && panels * ((M + rows - 1) / rows) < 3 * thread_count())
-        rows = (rows / 2 + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    int panels = chunks(N, PANEL_COLS), cols = chunks(chunks(N, panels), TILE_COLS) * TILE_COLS;    // of one width
+    int rows = M;                               // of a task: as many as still give every thread a few tasks
+    while (rows > 8 * TILE_ROWS && chunks(M, rows) * panels < 3 * thread_count())
+        rows = chunks(rows / 2, TILE_ROWS) * TILE_ROWS;
 #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int j0 = 0; j0 < N; j0 += PANEL_COLS)
+    for (int j0 = 0; j0 < N; j0 += cols)
         for (int i0 = 0; i0 < M; i0 += rows)
-            matmul_block(out, stride, a, b, i0, min_int(i0 + rows, M), j0, min_int(PANEL_COLS, N - j0), K,
-                         bias, accumulate);
+            matmul_block(out, stride, a, b, i0, min_int(i0 + rows, M), j0, min_int(cols, N - j0), K, bias,
+                         accumulate);
 }
 #else
 #define matmul matmul_naive
