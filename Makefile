@@ -45,7 +45,9 @@ build/test_double: test_gpt_mhc.c train_gpt_mhc.c $(SOURCES) | build
 	$(CC) $(TEST_FLAGS) -DREAL=double $< -o $@ -lm
 
 build/test_%: host/test_%.c $(SOURCES) | build
-	$(CC) $(CFLAGS) $< -o $@ -lm
+	$(CC) $(TEST_FLAGS) $< -o $@ -lm
+
+build/test_checkpoint: train_gpt_mhc.c
 
 build/test_%: data/test_%.c $(SOURCES) | build
 	$(CC) $(CFLAGS) $< -o $@ -lm

@@ -1865,11 +1865,7 @@ static const Section sections[] = {
 
 int main(int argc, char** argv) {
     int build = sizeof(real) == sizeof(float) ? FLOAT : DOUBLE;
-    if (!getenv(
-            "OMP_WAIT_POLICY")) {    // read at the start only: threads that spin lose seconds on busy cores
-        setenv("OMP_WAIT_POLICY", "passive", 1);
-        execv("/proc/self/exe", argv);
-    }
+    wait_briefly(argv);
     set_threads(1);             // models of this size only lose by more
     for (size_t s = 0; s < sizeof sections / sizeof *sections; s++)
         if (sections[s].builds & build && (argc < 2 || strstr(sections[s].name, argv[1]))) sections[s].run();
