@@ -10,11 +10,13 @@ ARGS ?=
 # A flag is used where a program built with it links, never because a package has a name.
 works = $(shell printf 'int main(void) { return 0; }\n' > .probe.c; $(CC) -x c .probe.c $(1) -o .probe -lm 2> /dev/null && echo $(1); rm -f .probe .probe.c)
 ifeq ($(filter clean help,$(or $(MAKECMDGOALS),help)),)
-OPENMP ?= $(or $(call works,-fopenmp),$(call works,-fopenmp-simd))
-NATIVE ?= $(call works,-march=native)
+OPENMP := $(or $(call works,-fopenmp),$(call works,-fopenmp-simd))
+NATIVE := $(call works,-march=native)
+CALM := $(call works,-Wno-pass-failed)
 endif
 
-WARNINGS = -Wall -Wextra -Werror
+# clang warns of each loop it cannot vectorise as asked; the loop is right all the same.
+WARNINGS = -Wall -Wextra -Werror $(CALM)
 # No -ffast-math: NaN must stay NaN, and sums are reordered only where a pragma says so.
 CFLAGS = -std=c11 -O3 $(NATIVE) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(OPENMP) $(WARNINGS) -D_GNU_SOURCE
 GIT_HASH := $(shell git describe --always --dirty 2> /dev/null || echo unknown)
