@@ -987,6 +987,11 @@ static double paper_error(const Rig* r, int k, Mistake wrong) {
         for (int i = 0; i < PAPER_K; i++) x[i] = (double)a->state[k][row * PAPER_K + i];
         paper_token(&t, &r->model, k, x, a->sub[k].f + row * PAPER_C, NULL, wrong);
         keep_worst(&worst, error_against(a->sub[k].coef + row * PAPER_M, t.coef, PAPER_M));
+        for (int c = 0; c < PAPER_C; c++) {     // what is read shows by itself: LayerNorm hides its mean
+            double u = -(double)a->sub[k].u[row * PAPER_C + c];
+            for (int i = 0; i < PAPER_N; i++) u += t.coef[i] * x[i * PAPER_C + c];
+            keep_worst(&worst, fabs(u));
+        }
         keep_worst(&worst, error_against(a->sub[k].ln + row * PAPER_C, t.ln, PAPER_C));
         keep_worst(&worst, error_against(a->state[k + 1] + row * PAPER_K, t.y, PAPER_K));
     }
@@ -1564,11 +1569,30 @@ static void test_streams(void) {
     check(fabs(s.rank - (rank + 1) / 2) <= 1e-3, "their effective rank (%.6f)", s.rank);
 }
 
+static void test_streams_of_a_pass(void) {
+    Rig r;
+    Config c = small_config(RESIDUAL_MHC, 3);
+    StreamStats streams[5], own;
+    bool same = true;
+    rig_open(&r, &c, 2, 1);
+    randomise(&r.model, 1, 3);
+    memset(streams, 0, sizeof streams);
+    r.acts.streams = streams;
+    rig_loss(&r);
+    for (int k = 0; k <= 2 * c.L; k++) {
+        stream_statistics(&own, r.acts.state[k], 2 * c.T, c.n, c.C);
+        same = same && !memcmp(&own, &streams[k], sizeof own);
+    }
+    check(same, "a forward pass looks at the streams of every state, the last too");
+    rig_close(&r);
+}
+
 static void test_gains(void) {
     test_gain_numbers();
     test_gain_products();
     test_eigenvalues();
     test_streams();
+    test_streams_of_a_pass();
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -767,7 +767,19 @@ static void test_validation(void) {
           losses[0]);
 }
 
+static void test_recompute_option(void) {
+    static const int blocks[][2] = {{0, 1}, {1, 1}, {3, 3}, {4, 4}};     // asked for, and what it becomes
+    for (int i = 0; i < 4; i++) {
+        char options[256];
+        snprintf(options, sizeof options, SMALL "--recompute %d", blocks[i][0]);
+        start_or_die(&run, "recompute", options);
+        check(run.acts.block == blocks[i][1], "--recompute %d: blocks of %d", blocks[i][0], run.acts.block);
+        close_run(&run);
+    }
+}
+
 static void test_batches(void) {
+    test_recompute_option();
     test_accumulation();
     test_micro_batches();
     test_validation();
