@@ -55,7 +55,7 @@ static int thread_index(void) { return omp_get_thread_num(); }
 static void wait_briefly(char** argv) {
     if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
     setenv("OMP_WAIT_POLICY", "passive", 1);
-    setenv("GOMP_SPINCOUNT", "20000", 1);       // about 50 us
+    setenv("GOMP_SPINCOUNT", "5000", 1);        // less than 0.1 ms
     execv("/proc/self/exe", argv);              // where there is no such file: they spin
 }
 #else
