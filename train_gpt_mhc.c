@@ -208,7 +208,8 @@ static int chunks(int count, int size) { return (count + size - 1) / size; }
 // out (M, N) with the given row stride. Inside a parallel region it runs on the calling thread.
 static void matmul(real* out, size_t stride, Matrix a, Matrix b, int M, int N, int K, const real* bias,
                    bool accumulate) {
-    int panels = chunks(N, PANEL_COLS), cols = chunks(chunks(N, panels), TILE_COLS) * TILE_COLS;    // of one width
+    int panels = chunks(N, PANEL_COLS),
+        cols = chunks(chunks(N, panels), TILE_COLS) * TILE_COLS; // of one width
     int rows = M;                               // of a task: as many as still give every thread a few tasks
     while (rows > 8 * TILE_ROWS && chunks(M, rows) * panels < 3 * thread_count())
         rows = chunks(rows / 2, TILE_ROWS) * TILE_ROWS;

@@ -223,9 +223,9 @@ static bool wrong_shape(const SafeFile* f, const SafeTensor* found, size_t rows,
                            (unsigned long long)found->shape[i]);
     int start = snprintf(expected, sizeof expected, "%zu", rows);
     if (cols) snprintf(expected + start, sizeof expected - (size_t)start, ", %zu", cols);
-    return fail(e,
-                "%s: tensor %s: found shape (%s), expected (%s), choose the --model and options it was made with",
-                f->path, found->name, shape, expected);
+    return fail(
+        e, "%s: tensor %s: found shape (%s), expected (%s), choose the --model and options it was made with",
+        f->path, found->name, shape, expected);
 }
 
 // numbers (rows, cols) of tensor t from the file; a longer wpe is cut
