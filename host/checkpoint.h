@@ -114,9 +114,14 @@ static void log_end(Run* run) {
     said = true;
 }
 
-// Parameters, moments and the state of the run; afterwards only the newest checkpoints stay.
+// Parameters, moments and the state of the run; afterwards only the newest checkpoints stay. What is not
+// finite is not kept: it would push out the checkpoints from before.
 static bool save_checkpoint(Run* run, Error* e) {
     char path[RUNDIR_PATH];
+    const Tensor* t = first_nonfinite(&run->model, run->model.params);
+    if (t)
+        return fail(e, "weight %s is not finite after step %ld: no checkpoint was written", t->name,
+                    run->step);
     Export x = export_open(3 * run->model.tensor_count);
     Metadata d = run_metadata(run);
     rundir_path(path, run->o.out, run->step);

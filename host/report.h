@@ -133,8 +133,9 @@ static int stop_run(Run* run, const char* why, int status) {
 static int save_and_stop(Run* run, const char* why, int status) {
     Error e;
     if (!save_checkpoint(run, &e)) {
+        bool finite = !first_nonfinite(&run->model, run->model.params);
         fprintf(stderr, "%s\n", e.text);
-        return stop_run(run, "the last save failed", STATUS_SAVE_FAILED);
+        return stop_run(run, e.text, finite ? STATUS_SAVE_FAILED : STATUS_NONFINITE);
     }
     return stop_run(run, why, status);
 }
