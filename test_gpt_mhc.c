@@ -366,6 +366,7 @@ static void test_matmul_rounding(void) {
 }
 
 static void test_matmul(void) {
+    check(chunks(1, 3) == 1 && chunks(6, 3) == 2 && chunks(7, 3) == 3, "chunks are rounded up");
     test_matmul_shapes();
     test_matmul_rounding();
 }

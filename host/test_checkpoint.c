@@ -778,7 +778,30 @@ static void test_recompute_option(void) {
     }
 }
 
+// With the bytes themselves as their information: the mean of the targets that a validation sees
+static void test_validation_entropy(void) {
+    int32_t tokens[12], targets[12];
+    double sum = 0, loss;
+    Error e;
+    start_or_die(&run, "entropy", SMALL "--batch 3 --val-batches 2");
+    check(validation_windows(&run) == 6, "2 validation batches of 3 are 6 windows");
+    size_t before = (size_t)tokens_count(&run.train), after = (size_t)tokens_count(&run.val);
+    run.nats = (float*)allocate(before + after, sizeof(float));
+    for (size_t i = 0; i < before + after; i++)
+        run.nats[i] = i < before ? run.train.text[i] : run.val.text[i - before];
+    for (uint64_t w = 0; w < 6; w++) {
+        if (!tokens_val_window(&run.val, w, 12, 256, tokens, targets, &e)) die("%s", e.text);
+        for (int t = 0; t < 12; t++) sum += targets[t];
+    }
+    check(fabs(validation_entropy(&run) - sum / 72) <= 1e-12, "the information of validation is its targets'");
+    bool untouched = validation_loss(&run, &loss, &e);
+    for (int i = 0; i < 256 * 12; i++) untouched = untouched && run.model.head_grads[i] == 0;
+    check(untouched, "a validation leaves no gradient");
+    close_run(&run);
+}
+
 static void test_batches(void) {
+    test_validation_entropy();
     test_recompute_option();
     test_accumulation();
     test_micro_batches();
