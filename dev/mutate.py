@@ -52,6 +52,15 @@ EQUIVALENT = {
         "both halves are cut to a power of 0 at z = 0",
     ("connection_write_backward", "for (int r = 0; r <= rows; r++) {"):
         "the row after the last lies in scratch that is written anew before it is read",
+    ("place_of", "return source_of(c, m) * (c->n + 2) + "
+                 "(m <= 2 * c->n ? m / c->n : 2 + (m - 2 * c->n) / c->n);"):
+        "at m = 2n both are 2",
+    ("square_sum", "double sums[PIECES] = {1};"): "each is written before it is added",
+    ("matmul", "while (rows > 8 * TILE_ROWS && chunks(M, rows) * panels < 3 )"):
+        "how rows are divided among threads changes no sum",
+    ("matmul", "for (int i0 = 0; i0 <= M; i0 += rows)"): "a block without rows does nothing",
+    ("recompute_block", "return block < 1 ? 1 : block < 3 * run->c.L ? (int)block : 2 * run->c.L;"):
+        "more than 2L is refused as an option, and never automatic",
 }
 
 # --- tokens
