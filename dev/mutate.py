@@ -34,8 +34,8 @@ MEMORY, FILE_SIZE, LEAST_SECONDS = 4 << 30, 256 << 20, 10
 # threads, clocks (what they get wrong shows under a sanitizer or everywhere). Of what comes after, what
 # decides about updates.
 MATHEMATICS_ENDS = "// A run: options, model, data"
-PLUMBING = set("""thread_count thread_index set_threads wait_briefly min_int matrix matmul_naive dim_size tensor_size at
-    param grad model_add_tensor model_layout model_close activations_open activations_close carve
+PLUMBING = set("""thread_count thread_index set_threads wait_briefly min_int matrix matmul_naive dim_size
+    tensor_size at param grad model_add_tensor model_layout model_close activations_open activations_close carve
     layout_sublayer layout_states activations_layout model_memory row_of attention_scratch_size has_streams
     has_connections per_stream coefficient_count projection_M seconds measure_peak""".split())
 FILES = {
