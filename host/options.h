@@ -112,7 +112,7 @@ static const OptionRow option_rows[] = {
     ROW(BATCH, COUNT, "batch", batch, "8", "1 to 1000000", "sequences in a micro-batch"),
     ROW(BATCH, COUNT, "micro-batches", micro_batches, "1", "1 to 1000000", "in a step, per replica"),
 
-    ROW(OPTIMISER, COUNT, "steps", steps, "1500", "0 to 99999999", "updates in the whole run"),
+    ROW(OPTIMISER, COUNT, "steps", steps, "1800", "0 to 99999999", "updates in the whole run"),
     ROW(OPTIMISER, NUMBER, "lr", lr, "1e-3", "> 0", "peak learning rate"),
     ROW(OPTIMISER, COUNT, "warmup", warmup, "100", "0 to 99999999", "steps of linear warm-up"),
     ROW(OPTIMISER, CHOICE, "schedule", schedule, "cosine", "cosine|wsd|linear|step|constant",
@@ -146,7 +146,7 @@ static const OptionRow option_rows[] = {
 
     ROW(MODES, TEXT, "generate", generate, "", "", "continue this text and train nothing"),
     ROW(MODES, COUNT, "tokens", tokens, "400", "1 to 99999999", "tokens to generate"),
-    ROW(MODES, NUMBER, "temperature", temperature, "0.8", ">= 0", "of sampling; 0: the likeliest token"),
+    ROW(MODES, NUMBER, "temperature", temperature, "0.7", ">= 0", "of sampling; 0: the likeliest token"),
     ROW(MODES, COUNT, "top-k", top_k, "0", "0 to 10000000", "tokens to sample from, the likeliest; 0: all"),
     ROW(MODES, SWITCH, "eval", eval, "", "", "print the validation loss and train nothing"),
     ROW(MODES, PATH, "dump", dump, "", "", "write one forward and backward pass, train nothing"),

@@ -75,8 +75,9 @@ static void report_sample(Run* run) {
     int32_t start = run->has_bpe ? (int32_t)run->bpe.eot : '\n';
     if (!can_print(run)) return;                // shards without --tokenizer: numbers would say nothing
     if (start >= run->c.V) start = 0;
+    const int32_t prompt[] = {start, start};    // an empty line is where a text begins
     sample.length = 0;
-    generate(run, &start, 1, run->o.tokens, emit_sample);
+    generate(run, prompt, 2, run->o.tokens, emit_sample);
     printf("%s--- a sample after step %ld\n%s\n---\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", run->step,
            sample.text);
     print_bar(run);
