@@ -554,8 +554,7 @@ static size_t attention_scratch_size(int T) { return (size_t)2 * QUERY_ROWS * (s
 // The queries t0 .. t0 + count of one head; a key may be seen by its own and later queries.
 typedef struct { const real *q, *k, *v; size_t stride; int T, t0, count, head_size; } Head;
 
-// p (count, keys) = softmax of the scores; lse (per query,
-// stride lse_stride) = log sum exp of the scaled scores
+// p (count, keys) = q k^T, rows T apart, not yet scaled; the future is in it too
 static void attention_scores(real* p, const Head* h, int keys) {
     matmul(p, (size_t)h->T, matrix(h->q + (size_t)h->t0 * h->stride, h->stride, 1),
            matrix(h->k, 1, h->stride), h->count, keys, h->head_size, NULL, false);
@@ -1944,7 +1943,7 @@ static void catch_signals(void) {
 // the first such tensor in table order is named.
 static Verdict judge(const Run* run, StepReport* r) {
     const Tensor* t;
-    int policy = run->o.on_spike;
+    bool may_skip = run->o.on_spike == SPIKE_SKIP && run->skipped + 1 < MAX_SKIPPED;
     if (!isfinite(r->loss) || !isfinite(r->norm)) {
         if ((t = first_nonfinite(&run->model, run->model.params)))
             snprintf(r->culprit, sizeof r->culprit, "weight %s is not finite", t->name);
@@ -1952,12 +1951,11 @@ static Verdict judge(const Run* run, StepReport* r) {
             snprintf(r->culprit, sizeof r->culprit, "the gradient of %s is not finite", t->name);
         else snprintf(r->culprit, sizeof r->culprit, "the loss is not finite");
         bool weights = !strncmp(r->culprit, "weight", 6);
-        return policy == SPIKE_SKIP && !weights && run->skipped + 1 < MAX_SKIPPED ? VERDICT_SKIP
-                                                                                  : VERDICT_STOP;
+        return may_skip && !weights ? VERDICT_SKIP : VERDICT_STOP;
     }
-    if (!(r->z > SPIKE_LIMIT) || policy == SPIKE_IGNORE) return VERDICT_APPLY;
+    if (!(r->z > SPIKE_LIMIT) || run->o.on_spike == SPIKE_IGNORE) return VERDICT_APPLY;
     snprintf(r->culprit, sizeof r->culprit, "the loss is %.1f deviations above the last ones", r->z);
-    return policy == SPIKE_SKIP && run->skipped + 1 < MAX_SKIPPED ? VERDICT_SKIP : VERDICT_STOP;
+    return may_skip ? VERDICT_SKIP : VERDICT_STOP;
 }
 
 // Gradients of update `step` over its micro-batches; false if the data cannot be read.
@@ -2185,7 +2183,7 @@ static int run_training(Run* run, int argc, char** argv) {
     char path[RUNDIR_PATH];
     snprintf(path, sizeof path, "%s/run.jsonl", run->o.out);
     catch_signals();
-    if (!run->o.resume) rundir_clear(run->o.out);
+    if (!run->o.resume) rundir_keep(run->o.out, 0);
     if (!runlog_open(&run->log, path, run->o.resume ? run->step : -1, &e)) die("%s", e.text);
     run->peak = measure_peak();
     print_model(run);

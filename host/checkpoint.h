@@ -132,7 +132,7 @@ static bool save_checkpoint(Run* run, Error* e) {
     export_close(&x);
     metadata_close(&d);
     if (!good) return false;
-    rundir_prune(run->o.out, run->o.keep);
+    if (run->o.keep) rundir_keep(run->o.out, run->o.keep);
     runlog_begin(&run->log, "save");
     runlog_int(&run->log, "step", run->step);
     runlog_text(&run->log, "file", path);
@@ -363,10 +363,9 @@ static void export_coefficients(Export* x, const Run* run) {
 static bool dump(Run* run, Error* e) {
     Model* m = &run->model;
     size_t B = (size_t)run->o.batch, T = (size_t)run->c.T, V = (size_t)run->c.V;
-    Export x = export_open(4 + 2 * m->tensor_count + 6 * run->c.L);
-    Export copies = export_open(4 + 2 * m->tensor_count);
-    Metadata d = run_metadata(run);
     if (!training_batch(run, 0, 0, e)) return false;
+    Export x = export_open(4 + 2 * m->tensor_count + 6 * run->c.L);
+    Metadata d = run_metadata(run);
     forward_backward(m, &run->acts, run->tokens, run->targets, (int)B, (int)T, 1);
     add_head_gradient(m);
     real* logits = (real*)allocate(B * T * V, sizeof(real));
@@ -380,7 +379,6 @@ static bool dump(Run* run, Error* e) {
     export_coefficients(&x, run);
     bool good = safetensors_write(run->o.dump, x.out, x.count, d.pairs, d.count, e);
     export_close(&x);
-    export_close(&copies);
     metadata_close(&d);
     free(logits);
     return good;

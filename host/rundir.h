@@ -88,21 +88,10 @@ static inline bool rundir_open(const char* dir, Error* e) {
                 dir);
 }
 
-// Removes all but the newest `keep` checkpoints; keep 0 removes none.
-static inline void rundir_prune(const char* dir, long keep) {
+// Removes all checkpoints but the newest `newest`: 0 leaves none.
+static inline void rundir_keep(const char* dir, long newest) {
     Checkpoints found = rundir_list(dir);
-    for (int i = 0; keep > 0 && i < found.count - keep; i++) {
-        char path[RUNDIR_PATH];
-        rundir_path(path, dir, found.steps[i]);
-        unlink(path);
-    }
-    free(found.steps);
-}
-
-// Removes what an earlier run left, for --overwrite.
-static inline void rundir_clear(const char* dir) {
-    Checkpoints found = rundir_list(dir);
-    for (int i = 0; i < found.count; i++) {
+    for (int i = 0; i < found.count - newest; i++) {
         char path[RUNDIR_PATH];
         rundir_path(path, dir, found.steps[i]);
         unlink(path);
