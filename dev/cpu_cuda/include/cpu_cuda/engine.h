@@ -1,0 +1,97 @@
+// engine.h: what the CUDA headers here ask of the runtime. A kernel's own source never names it.
+//
+// Kept light, since it is compiled into every file: the work is done in the runtime, which is compiled once.
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <new>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+struct CUstream_st;
+typedef struct CUstream_st* cudaStream_t;
+
+namespace cpu_cuda {
+
+// A line of the user's source. As a default argument it is the line of the call.
+struct Place {
+    const char* file;
+    int line;
+};
+#define CPU_CUDA_HERE ::cpu_cuda::Place here = {__builtin_FILE(), __builtin_LINE()}
+
+// One message (what, kernel, block, thread, file and line) on stderr, then exit status 66.
+[[noreturn]] void stop(Place here, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+// ------------------------------------------------------------------------------------------------
+// A warp. Every lane of `mask` calls; the last to arrive runs `work` once for all of them.
+
+// arguments[lane] is what that lane passed, valid for the lanes in the set `lanes`.
+typedef void (*WarpWork)(void** arguments, unsigned lanes);
+
+// Lanes meet when mask and `what` (a string literal, compared by its text) agree. A lane outside its own mask, a lane that has exited
+// or never existed but is in the mask, and different masks or operations that can never meet are reported.
+void warp_together(WarpWork work, void* argument, unsigned mask, const char* what, Place here);
+
+enum ShuffleKind { SHUFFLE_INDEX, SHUFFLE_UP, SHUFFLE_DOWN, SHUFFLE_XOR };
+
+// value (size <= 16 bytes) is replaced by the source lane's; a source lane that takes no part is reported.
+void shuffle(void* value, size_t size, ShuffleKind kind, int operand, int width, unsigned mask,
+             const char* what, Place here);
+
+void warp_barrier(unsigned mask, Place here);       // __syncwarp: the only warp operation that orders memory
+
+// ------------------------------------------------------------------------------------------------
+// A block and a grid.
+
+enum BlockVote { VOTE_NONE, VOTE_OR, VOTE_AND, VOTE_COUNT };
+
+int block_barrier(BlockVote vote, int predicate, const char* what, Place here);
+void named_barrier(int id, int threads, Place here);        // bar.sync id, threads
+void grid_barrier(Place here);                              // of a cooperative launch
+void spin_wait(Place here);                                 // __nanosleep: lets the other threads run
+void fence();                                               // __threadfence
+
+// The one copy a block has of a __shared__ variable: `tag` names the declaration.
+void* shared_variable(const void* tag, size_t size, size_t alignment);
+void* shared_dynamic();                                     // extern __shared__
+// A shared address as PTX has it (32 bits), and back. Both report what is not shared memory of this block.
+uint32_t shared_address(const void* pointer, Place here);
+void* shared_pointer(uint32_t address, size_t size, Place here);
+
+// An atomic operation of `size` bytes is about to happen at `pointer`.
+void atomic_access(const void* pointer, size_t size, Place here);
+
+// ------------------------------------------------------------------------------------------------
+// Launching: `kernel<<<grid, block, shared, stream>>>(a, b)` is rewritten to
+//     cpu_cuda::launch("kernel", {file, line}, cpu_cuda::Shape(grid, block, shared, stream),
+//                      [&](auto&... x) { kernel(x...); }, a, b)
+
+struct Size3 {
+    unsigned x, y, z;
+};
+
+struct Launch {
+    Size3 grid, block;
+    size_t shared;                      // bytes of dynamic shared memory
+    cudaStream_t stream;
+    const char* kernel;                 // as written
+    Place place;
+    bool cooperative;
+    void (*call)(void* arguments);      // one thread's run
+    void (*release)(void* arguments);
+    void* arguments;                    // a copy of theirs, owned
+    size_t arguments_size;
+    // Calls visit(position, value) for each argument that is a pointer: a host pointer among them is reported.
+    void (*each_pointer)(void* arguments, void (*visit)(const Launch&, int position, const void* value), const Launch&);
+};
+
+// Checks the limits (cudaErrorInvalidConfiguration, ... as the CUDA error), then runs it in its stream.
+void submit(Launch* launch);
+
+}  // namespace cpu_cuda
