@@ -61,10 +61,13 @@ def quoted(text):
 # kernel<<<grid, block, shared, stream>>>(arguments)
 
 def opening_of(text, end, opening, closing):
-    """Where the bracket that closes just before `end` was opened."""
-    depth = 0
+    """Where the bracket that closes just before `end` was opened. Angles inside parentheses are comparisons."""
+    depth = inside = 0
     for i in range(end - 1, -1, -1):
-        depth += (text[i] == closing) - (text[i] == opening)
+        if opening == '<':
+            inside += (text[i] in CLOSING) - (text[i] in OPENING)
+        if inside == 0:
+            depth += (text[i] == closing) - (text[i] == opening)
         if depth == 0:
             return i
     raise Unreadable(end, 'found no %s that opens the kernel\'s name' % opening)
