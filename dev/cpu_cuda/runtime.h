@@ -42,6 +42,7 @@ struct Options {
     int sms;                // sms=N            multiprocessors that cudaGetDeviceProperties shows  (2)
     int capability;         // cc=80            compute capability                                  (90)
     size_t memory;          // memory=MB        size of the device's memory                         (16384)
+    int timeout;            // timeout=SECONDS  that a rank of a communicator waits for the others  (60)
 };
 const Options& options();
 
@@ -57,9 +58,25 @@ struct Warp {
     unsigned live;                      // lanes that have not exited
     unsigned waiting;                   // lanes inside an operation
     Thread* lane0;                      // lane i is lane0 + i
+    unsigned ready, fresh;              // lanes that may run; those of them that never ran
+    unsigned turn;                      // the lane that ran last
+    bool mixed;                         // the waiting lanes differ in mask or operation
+    unsigned number, slot;              // in the block, among the worker's
     void* arguments[WARP];
-    struct Arrival { unsigned mask; const char* what; WarpWork work; Place place; } arrivals[WARP];
-    unsigned number;                    // in the block
+    struct Arrival { unsigned mask; const char* what; Place place; } arrivals[WARP];
+};
+
+struct Copy {                           // a cp.async under way
+    void* to;
+    const void* from;
+    int size;
+    unsigned bytes, group;
+    Place place;
+};
+
+struct ThreadCopies {                   // of one thread; ptx.cpp's own
+    std::vector<Copy> under_way;        // in the order of issue
+    unsigned groups;                    // committed so far
 };
 
 struct Block {
@@ -70,8 +87,9 @@ struct Block {
     size_t shared_size, shared_used;
     Warp* warps;
     void* checks;                       // check.cpp's own
-    struct Variable { const void* tag; char* at; };
+    struct Variable { const void* tag; char* at; size_t size; };
     std::vector<Variable> variables;
+    std::vector<ThreadCopies> copies;   // by thread; empty when the block begins, and until one of its threads copies
     std::vector<Thread*> arrived[16];   // at barrier 0 (__syncthreads) and the named ones
 };
 
@@ -83,9 +101,12 @@ struct alignas(64) Thread {             // one cache line
     Block* block;
     Place place;                        // where it waits
     uint3 index;
-    unsigned number;                    // in the block
     int stack, result;
+    unsigned short number;              // in the block
     Wait wait;
+#if CPU_CUDA_ADDRESS
+    void* fake_stack;                   // AddressSanitizer's
+#endif
 };
 
 extern __thread Thread* current;        // null in host code
@@ -93,6 +114,7 @@ extern __thread Thread* current;        // null in host code
 void run_grid(const Launch& launch);    // fibers.cpp: now, to its end
 const Launch* current_launch();         // of this worker, or null
 bool on_fiber_stack(const void* p);     // of any fiber of this worker
+bool on_guard_page(const void* p);      // below such a stack: a fault there is a stack overflow
 // Number of blocks of `threads` threads and `shared` bytes that a multiprocessor holds, by the limits of 9.0 or 8.0.
 int blocks_per_multiprocessor(int threads, size_t shared);
 
