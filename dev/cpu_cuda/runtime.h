@@ -140,10 +140,15 @@ struct DeviceCode {                     // while one lives, this code may touch 
 // A copy or a library reads or writes [p, p + size): stops if that leaves its allocation; tells the checks.
 void use_memory(const void* p, size_t size, bool write, const char* what);
 
+bool may_be_device_pointer(const void* p);              // in the range where such memory lives or lived, or at its end
+void check_slack(const Launch& launch);                 // did it write between the allocations that it touched?
+Place calling_line();                                   // the user's line that led here; slow, for a report
+
 // ------------------------------------------------------------------------------------------------
 // Streams.
 
-// Runs `work` in the stream's order: now, or under `lazy` when something forces it.
+bool stream_exists(cudaStream_t stream);                // or is the default stream; false: cudaErrorInvalidResourceHandle
+// Runs `work` in the order of the stream, which exists: now, or under `lazy` when something forces it.
 void enqueue(cudaStream_t stream, std::function<void()> work);
 cudaError_t remember(cudaError_t error);                // as cudaGetLastError's, and returns it
 
