@@ -17,9 +17,14 @@
 #ifndef CPU_CUDA_CHECK
 #define CPU_CUDA_CHECK 0                // 1: user code is compiled with -fsanitize=thread and reports each access
 #endif
-#if defined(__SANITIZE_ADDRESS__) || (defined(__has_feature) && __has_feature(address_sanitizer))
+#if defined(__SANITIZE_ADDRESS__)
 #define CPU_CUDA_ADDRESS 1
-#else
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define CPU_CUDA_ADDRESS 1
+#endif
+#endif
+#ifndef CPU_CUDA_ADDRESS
 #define CPU_CUDA_ADDRESS 0
 #endif
 
