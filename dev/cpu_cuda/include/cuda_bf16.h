@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include <cuda_runtime.h>
+#include "cuda_runtime.h"
 #include <math.h>
 
 #include <limits>

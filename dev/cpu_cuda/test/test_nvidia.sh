@@ -1,0 +1,118 @@
+#!/bin/sh
+# Compares cuda_bf16.h and cublasLt.h with NVIDIA's, where the toolkit is installed: one program is compiled against
+# either, and what it prints must agree. It prints hashes of results over all bfloat16 values, many pairs, floats,
+# doubles and integers, the types of functions, the sizes of descriptors and the values of enumerators.
+here=$(cd "$(dirname "$0")/.." && pwd)
+toolkit=${CUDA_HOME:-/usr/local/cuda}
+if [ ! -f "$toolkit/include/cuda_bf16.h" ]; then
+    echo "0 passed, 0 failed: skipped, found no CUDA toolkit in $toolkit"
+    exit 0
+fi
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cat > "$folder/values.cpp" <<'END'
+#include <cuda_runtime.h>
+#include <cuda_bf16.h>
+#include <cublasLt.h>
+#include <stdio.h>
+#include <string.h>
+#include <typeinfo>
+
+typedef unsigned long long u64;
+static u64 sum;
+
+static void add(u64 value) { sum = (sum ^ value) * 0x100000001b3ull + (sum >> 29); }
+static void add(__nv_bfloat16 value) { add((u64)__bfloat16_as_ushort(value)); }
+static void add(__nv_bfloat162 value) { add(value.x), add(value.y); }
+static void add(float value) {
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    add((u64)bits);
+}
+static void show(const char* what) {
+    printf("%s %016llx\n", what, sum);
+    sum = 0;
+}
+
+static __nv_bfloat16 value_of(unsigned bits) { return __ushort_as_bfloat16((unsigned short)bits); }
+template <class To, class From> static To same_bits(From from) {
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+static void one(__nv_bfloat16 a) {
+    add(__bfloat162float(a)), add(-a), add(__hneg(a)), add(__habs(a)), add((u64)__hisnan(a)), add((u64)(bool)a);
+    add((u64)(signed char)a), add((u64)(unsigned char)a), add((u64)(char)a), add((u64)(short)a);
+    add((u64)(unsigned short)a), add((u64)(int)a), add((u64)(unsigned)a), add((u64)(long)a);
+    add((u64)(unsigned long)a), add((u64)(long long)a), add((u64)(unsigned long long)a);
+    add(__float22bfloat162_rn(__bfloat1622float2(__bfloat162bfloat162(a)))), add(__hneg2(__halves2bfloat162(a, a)));
+}
+
+static void two(__nv_bfloat16 a, __nv_bfloat16 b) {
+    __nv_bfloat162 p = make_bfloat162(a, b), q = __halves2bfloat162(b, a);
+    add(a + b), add(a - b), add(a * b), add(a / b), add(__hmax(a, b)), add(__hmin(a, b));
+    add((u64)(a == b)), add((u64)(a != b)), add((u64)(a < b)), add((u64)(a > b)), add((u64)(a <= b)), add((u64)(a >= b));
+    add(p + q), add(p - q), add(p * q), add(__hmax2(p, q)), add(__hmin2(p, q)), add(-p);
+    add(__low2float(p)), add(__high2bfloat16(p)), add(__low2bfloat16(p)), add(__high2float(p));
+}
+
+static void from_float(unsigned bits) {
+    float f = same_bits<float>(bits);
+    add(__float2bfloat16(f)), add(__float2bfloat16_rz(f)), add(__float2bfloat16_rd(f)), add(__float2bfloat16_ru(f));
+    add(__floats2bfloat162_rn(f, -f)), add(__float2bfloat162_rn(f));
+    add(__double2bfloat16(same_bits<double>(same_bits<u64>((double)f) + 1)));
+    add(__double2bfloat16(same_bits<double>(same_bits<u64>((double)f) - 1)));
+}
+
+static void from_integer(u64 i) {
+    add(__nv_bfloat16((short)i)), add(__nv_bfloat16((unsigned short)i)), add(__nv_bfloat16((int)i));
+    add(__nv_bfloat16((unsigned)i)), add(__nv_bfloat16((long)i)), add(__nv_bfloat16((unsigned long)i));
+    add(__nv_bfloat16((long long)i)), add(__nv_bfloat16(i)), add(__nv_bfloat16(same_bits<double>(i)));
+}
+
+#define TYPE(name) printf(#name " %s\n", typeid(&name).name())
+#define VALUE(name) printf(#name " %d\n", (int)name)
+#define SIZE(name) printf(#name " %d %d\n", (int)sizeof(name), (int)alignof(name))
+
+int main() {
+    for (unsigned a = 0; a < 65536; a++) one(value_of(a));
+    show("one value");
+    for (unsigned a = 0; a < 65536; a++)
+        for (unsigned b = a % 509; b < 65536; b += 509) two(value_of(a), value_of(b));
+    static const unsigned special[] = {0, 1, 0x7f, 0x80, 0x3f80, 0x7f7f, 0x7f80, 0x7f81, 0x7fff};
+    for (unsigned a = 0; a < 65536; a++)
+        for (unsigned b : special) two(value_of(a), value_of(b)), two(value_of(b | 0x8000), value_of(a));
+    show("two values");
+    for (u64 bits = 0; bits < 1ull << 32; bits += 317) from_float((unsigned)bits);
+    static const unsigned tails[] = {0, 1, 0x7fff, 0x8000, 0x8001, 0xffff};
+    for (unsigned a = 0; a < 65536; a++)
+        for (unsigned tail : tails) from_float(a << 16 | tail);
+    show("from float and double");
+    for (u64 i = 1, n = 0; n < 1000000; n++, i = i * 6364136223846793005ull + 1442695040888963407ull) from_integer(i >> n % 64);
+    for (u64 i = 0; i < 100000; i++) from_integer(i), from_integer(-i), from_integer(1ull << i % 64), from_integer((1ull << i % 64) - 1);
+    show("from integers");
+    SIZE(__nv_bfloat16), SIZE(__nv_bfloat162), SIZE(__nv_bfloat16_raw), SIZE(__nv_bfloat162_raw);
+    SIZE(cublasLtMatmulDescOpaque_t), SIZE(cublasLtMatrixLayoutOpaque_t), SIZE(cublasLtMatmulPreferenceOpaque_t);
+    SIZE(cublasLtMatmulAlgo_t), SIZE(cublasLtMatmulHeuristicResult_t);
+    TYPE(cublasLtCreate), TYPE(cublasLtDestroy), TYPE(cublasLtGetStatusName), TYPE(cublasLtMatmul);
+    TYPE(cublasLtMatmulDescCreate), TYPE(cublasLtMatmulDescDestroy), TYPE(cublasLtMatmulDescSetAttribute);
+    TYPE(cublasLtMatrixLayoutCreate), TYPE(cublasLtMatrixLayoutDestroy), TYPE(cublasLtMatrixLayoutSetAttribute);
+    TYPE(cublasLtMatmulPreferenceCreate), TYPE(cublasLtMatmulPreferenceDestroy);
+    TYPE(cublasLtMatmulPreferenceSetAttribute), TYPE(cublasLtMatmulAlgoGetHeuristic);
+#include "names.h"
+}
+END
+# every enumerator of our header, so that none is forgotten
+sed -n 's/^    \(CU[A-Z0-9_]*\) = .*/    VALUE(\1);/p' "$here/include/cublasLt.h" > "$folder/names.h"
+# the functions' types are compared, none is called: they may stay undefined
+build() {
+    g++ -std=c++17 -O1 -w -isystem "$1" "$folder/values.cpp" -Wl,--unresolved-symbols=ignore-all -no-pie -o "$2" && "$2" > "$2.txt"
+}
+build "$toolkit/include" "$folder/nvidia" && build "$here/include" "$folder/here" || exit 1
+if diff "$folder/nvidia.txt" "$folder/here.txt"; then
+    echo "$(wc -l < "$folder/here.txt") passed, 0 failed"
+else
+    echo "0 passed, 1 failed: cuda_bf16.h or cublasLt.h differs from NVIDIA's (<)"
+    exit 1
+fi
