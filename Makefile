@@ -76,7 +76,15 @@ mutate:
 figures: train_gpt_mhc
 	sh scripts/fig_gain.sh
 
+# --- the GPU's source on a machine without one
+
+test-cpu-cuda:
+	sh dev/cpu_cuda/test/run.sh
+
+gpu-compile:
+	sh dev/gpu_compile.sh
+
 clean:
 	rm -rf build train_gpt_mhc
 
-.PHONY: help train train-cpu test deps bench fuzz mutate figures clean
+.PHONY: help train train-cpu test deps bench fuzz mutate figures test-cpu-cuda gpu-compile clean

@@ -14,6 +14,8 @@ mhc.c trains GPT models with manifold-constrained hyper-connections.
   make fuzz        throw damaged files at every parser (ARGS=seconds)
   make mutate      plant mistakes in the mathematics and see the checks find them
   make figures     gains of plain, HC and mHC over the steps
+  make test-cpu-cuda   CUDA source run on the CPU: the checks of dev/cpu_cuda
+  make gpu-compile     every .cu with nvcc, for each architecture (no GPU needed)
   make clean
 
   ./train_gpt_mhc --help lists every option.
@@ -23,4 +25,5 @@ TEXT
 yes_no "compiler: $cc" "command -v $cc" "install gcc or clang"
 yes_no "OpenMP (several threads)" "$cc -fopenmp $probe/a.c -o $probe/a" "training runs on one thread"
 yes_no "clang with libFuzzer (make fuzz)" "printf 'int LLVMFuzzerTestOneInput(void) { return 0; }' > $probe/f.c && clang -fsanitize=fuzzer $probe/f.c -o $probe/f" "install clang"
+yes_no "nvcc (make gpu-compile)" "command -v ${NVCC:-nvcc}" "install the CUDA toolkit"
 yes_no "PyTorch (the oracle in make test)" "${PYTHON:-/usr/bin/python3} -c 'import torch'" "make deps; until then those checks are skipped"
