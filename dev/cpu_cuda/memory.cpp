@@ -113,20 +113,19 @@ bool is_runtime(const std::string& file) {
     return file.compare(here.size(), 8, "include/") == 0 || file.find('/', here.size()) == std::string::npos;
 }
 
-// The innermost line of the user, functions inlined there included. Starts at the instruction `pc`, or at the caller.
-Place user_line(const void* pc) {
-    static char file[1024];             // the program ends with this report
-    void* frames[64];
-    int count = backtrace(frames, 64), first = 0;
-    while (pc && first < count - 1 && frames[first] != pc) first++;
+}  // namespace
+
+Place user_line(void* const* code, int count) {
+    char file[1024];
     Dl_info self, info;
     dladdr((void*)&user_line, &self);
     bool moved = ((const Elf64_Ehdr*)self.dli_fbase)->e_type == ET_DYN;
     std::string command = "addr2line -i -e /proc/" + std::to_string(getpid()) + "/exe";
-    for (int i = first; i < count; i++) {
-        if (!dladdr(frames[i], &info) || info.dli_fbase != self.dli_fbase) continue;
-        size_t address = (size_t)frames[i] - (frames[i] == pc ? 0 : 1);         // a call ends before where it returns
-        command += " " + std::to_string(address - (moved ? (size_t)self.dli_fbase : 0));
+    for (int i = 0; i < count; i++) {
+        if (!dladdr(code[i], &info) || info.dli_fbase != self.dli_fbase) continue;
+        char text[32];
+        snprintf(text, sizeof text, " %zx", (size_t)code[i] - (moved ? (size_t)self.dli_fbase : 0));
+        command += text;
     }
     Place found = {nullptr, 0};
     FILE* pipe = popen((command + " 2>/dev/null").c_str(), "r");
@@ -134,13 +133,12 @@ Place user_line(const void* pc) {
         char* colon = strrchr(file, ':');
         if (!colon || is_runtime(file)) continue;
         *colon = 0;
-        found = {file, atoi(colon + 1)};
+        found = {strdup(file), atoi(colon + 1)};        // never freed: the program ends with this report
     }
     if (pipe) pclose(pipe);
     return found;
 }
 
-// "4 bytes past the end of a device allocation of 1024 bytes"
 std::string describe(const void* p) {
     const Region* region = nearest_region(p);
     char text[160];
@@ -153,6 +151,18 @@ std::string describe(const void* p) {
     return text;
 }
 
+namespace {
+
+// The user's line at the instruction `pc`, or null for the caller's; else of what called it.
+Place line_from(const void* pc) {
+    void* frames[64];
+    int count = backtrace(frames, 64), first = 0;
+    while (pc && first < count - 1 && frames[first] != pc) first++;
+    for (int i = first; i < count; i++)
+        if (frames[i] != pc) frames[i] = (char*)frames[i] - 1;          // a call ends before where it returns
+    return user_line(frames + first, count - first);
+}
+
 // Opens what device code may touch; everything else ends the program.
 void on_fault(int, siginfo_t* info, void* context) {
     const void* p = info->si_addr;
@@ -160,7 +170,7 @@ void on_fault(int, siginfo_t* info, void* context) {
     Region* region = nearest_region(p);
     bool device = current || device_code_here, inside = region && region->holds(p);
     if (device && inside && region->live && region->kind == DEVICE) return open_region(region);
-    Place place = user_line((void*)registers[REG_RIP]);
+    Place place = line_from((void*)registers[REG_RIP]);
     if (on_guard_page(p)) stop(place, "stack overflow: the thread's local variables need more than its stack");
     const char* what = !region         ? "invalid address"
                        : !region->live ? "use after free"
@@ -192,7 +202,7 @@ bool is_fresh(const char* from, const char* to) {
 
 }  // namespace
 
-Place calling_line() { return user_line(nullptr); }
+Place calling_line() { return line_from(nullptr); }
 
 DeviceCode::DeviceCode() {
     catch_faults();
