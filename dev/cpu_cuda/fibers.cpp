@@ -492,7 +492,6 @@ static void check_left_behind(const Thread* t) {
 }
 
 static void exit_thread(Worker* w, Thread* t) {
-    if (checking) check::thread_exits(t);
     if (w->spins) progress(w);
     if (t->warp->waiting) check_left_behind(t);
     t->warp->live &= ~(1u << lane_of(t));

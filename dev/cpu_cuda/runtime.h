@@ -12,6 +12,7 @@
 
 #include <functional>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #ifndef CPU_CUDA_CHECK
@@ -148,6 +149,9 @@ void use_memory(const void* p, size_t size, bool write, const char* what);
 bool may_be_device_pointer(const void* p);              // in the range where such memory lives or lived, or at its end
 void check_slack(const Launch& launch);                 // did it write between the allocations that it touched?
 Place calling_line();                                   // the user's line that led here; slow, for a report
+// The innermost line of the user at the first of these instructions that has one, functions inlined there included.
+Place user_line(void* const* code, int count);
+std::string describe(const void* p);                    // "4 bytes past the end of a device allocation of 1024 bytes"
 
 // ------------------------------------------------------------------------------------------------
 // Streams.
@@ -168,7 +172,6 @@ void launch_begins(const Launch& launch);               // allows its argument c
 void launch_ends();
 void block_begins(Block* block);
 void block_ends(Block* block);
-void thread_exits(Thread* thread);
 void barrier(Thread* const* threads, size_t count);     // these have met: what they did before comes before what they do next
 void warp_barrier(Warp* warp, unsigned lanes);
 void grid_barrier();                                    // all threads of all blocks have met
@@ -180,11 +183,26 @@ void shared_begins(const void* p, size_t size);         // fresh: bytes nobody w
 void initialised(const void* p, size_t size);           // written by the host or a library
 void host_reads(const void* p, size_t size, const char* what);         // by a copy or a library: must be initialised
 
+void copied(const void* to, const void* from, size_t size);            // within the device: what nobody wrote stays so
+
 void access(const void* p, size_t size, Access kind, Place here);      // by the current thread, through the runtime
 void copy_begins(const void* to, size_t size, Place here);             // cp.async: `to` may not be touched
 void copy_ends(const void* to, size_t size, Place here);               // its wait: written now, by the current thread
 void count_matrix_instruction();
-void print_profile();
 
 }  // namespace check
+
+namespace profile {                     // profile.cpp, called by check.cpp when options().profile
+
+void launch_begins(const Launch& launch);
+void launch_ends();
+void block_ends(Block* block);
+void barrier(Thread* const* threads, size_t count);
+void warp_meets(Warp* warp);
+void access(const void* p, size_t size, bool write, bool shared, uint32_t where);      // not an atomic or volatile one
+void copy(const void* to, size_t size, uint32_t where);                // cp.async
+void count_atomic();
+void count_matrix_instruction();
+
+}  // namespace profile
 }  // namespace cpu_cuda
