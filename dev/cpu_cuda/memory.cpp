@@ -223,13 +223,18 @@ bool may_be_device_pointer(const void* p) {
     return p < memory().end && p >= memory().end - RESERVED;
 }
 
-void use_memory(const void* p, size_t size, bool write, const char* what) {
+// Opens [p, p + size), or stops.
+static void open_range(const void* p, size_t size, bool write, const char* what) {
     Region* region = live_region(p);
-    if (size == 0) return;
     if (!fits(region, p, size))
         stop(calling_line(), "out of bounds: %s %s %zu bytes from %s", what, write ? "writes" : "reads", size,
              describe(p).c_str());
     open_region(region);
+}
+
+void use_memory(const void* p, size_t size, bool write, const char* what) {
+    if (size == 0) return;
+    open_range(p, size, write, what);
     if (checking && write) check::initialised(p, size);
     if (checking && !write) check::host_reads(p, size, what);
 }
@@ -330,15 +335,18 @@ struct Copy {
     Rows to, from;
     size_t width, height;
 
-    void use(const Rows& rows, bool write) const {
-        for (size_t i = 0; rows.region && i < height; i++)
-            use_memory(rows.start + i * rows.pitch, width, write, "cudaMemcpy");
-    }
     void run() const {
         DeviceCode device;
-        use(from, false);
-        use(to, true);
-        for (size_t i = 0; i < height; i++) memcpy(to.start + i * to.pitch, from.start + i * from.pitch, width);
+        for (size_t i = 0; i < height; i++) run_row(to.start + i * to.pitch, from.start + i * from.pitch);
+    }
+
+    void run_row(char* t, const char* f) const {
+        if (to.region) open_range(t, width, true, "cudaMemcpy");
+        if (from.region) open_range(f, width, false, "cudaMemcpy");
+        memcpy(t, f, width);
+        if (checking && to.device() && from.region) check::copied(t, f, width);
+        else if (checking && from.region) check::host_reads(f, width, "cudaMemcpy");
+        else if (checking && to.region) check::initialised(t, width);
     }
 };
 
