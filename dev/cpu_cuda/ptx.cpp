@@ -136,7 +136,7 @@ static void complete_before(unsigned end) {
     ThreadCopies& mine = current->block->copies[current->number];
     size_t done = 0;
     for (; done < mine.under_way.size() && mine.under_way[done].group < end; done++) {
-        const Copy& copy = mine.under_way[done];
+        const AsyncCopy& copy = mine.under_way[done];
         memset(copy.to, 0, copy.size);
         memcpy(copy.to, copy.from, copy.bytes);
         if (checking) check::copy_ends(copy.to, copy.size, copy.place);

@@ -72,7 +72,7 @@ struct Warp {
     struct Arrival { unsigned mask; const char* what; Place place; } arrivals[WARP];
 };
 
-struct Copy {                           // a cp.async under way
+struct AsyncCopy {                          // a cp.async under way
     void* to;
     const void* from;
     int size;
@@ -81,7 +81,7 @@ struct Copy {                           // a cp.async under way
 };
 
 struct ThreadCopies {                   // of one thread; ptx.cpp's own
-    std::vector<Copy> under_way;        // in the order of issue
+    std::vector<AsyncCopy> under_way;       // in the order of issue
     unsigned groups;                    // committed so far
 };
 

@@ -245,3 +245,23 @@ CPU_CUDA_BOTH(__hmax)
 CPU_CUDA_BOTH(__hmin)
 #undef CPU_CUDA_BOTH_SIGN
 #undef CPU_CUDA_BOTH
+
+// ------------------------------------------------------------------------------------------------
+// Loads, stores and shuffles, as device.h has them for other types
+
+template <>
+struct cpu_cuda::Loadable<__nv_bfloat16> : std::true_type {};
+template <>
+struct cpu_cuda::Loadable<__nv_bfloat162> : std::true_type {};
+
+namespace cpu_cuda {
+
+inline __nv_bfloat162 shuffled(__nv_bfloat162 value, ShuffleKind kind, int operand, int width, unsigned mask,
+                               const char* what, Place here) {
+    return shuffled(__nv_bfloat162_raw(value), kind, operand, width, mask, what, here);
+}
+
+}  // namespace cpu_cuda
+
+CPU_CUDA_SHUFFLES(__nv_bfloat16)
+CPU_CUDA_SHUFFLES(__nv_bfloat162)

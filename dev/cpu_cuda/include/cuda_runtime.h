@@ -9,3 +9,4 @@
 #include "cpu_cuda/engine.h"
 #include "cpu_cuda/device.h"
 #include "cpu_cuda/api.h"
+#include "cpu_cuda/ptx.h"

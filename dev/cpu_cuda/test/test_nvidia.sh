@@ -71,7 +71,7 @@ static void from_integer(u64 i) {
     add(__nv_bfloat16((long long)i)), add(__nv_bfloat16(i)), add(__nv_bfloat16(same_bits<double>(i)));
 }
 
-#define TYPE(name) printf(#name " %s\n", typeid(&name).name())
+#define TYPE(function) printf(#function " %s\n", typeid(&function).name())
 #define VALUE(name) printf(#name " %d\n", (int)name)
 #define SIZE(name) printf(#name " %d %d\n", (int)sizeof(name), (int)alignof(name))
 
