@@ -42,9 +42,9 @@ void ldmatrix_x4(Place here, uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t&
 }
 
 #define CPU_CUDA_LDMATRIX(kind, transposed)                                             \
-    constexpr auto& ldmatrix_sync_aligned_m8n8_x1_##kind = ldmatrix_x1<transposed>;     \
-    constexpr auto& ldmatrix_sync_aligned_m8n8_x2_##kind = ldmatrix_x2<transposed>;     \
-    constexpr auto& ldmatrix_sync_aligned_m8n8_x4_##kind = ldmatrix_x4<transposed>;
+    inline constexpr auto& ldmatrix_sync_aligned_m8n8_x1_##kind = ldmatrix_x1<transposed>;     \
+    inline constexpr auto& ldmatrix_sync_aligned_m8n8_x2_##kind = ldmatrix_x2<transposed>;     \
+    inline constexpr auto& ldmatrix_sync_aligned_m8n8_x4_##kind = ldmatrix_x4<transposed>;
 CPU_CUDA_LDMATRIX(shared_b16, false)
 CPU_CUDA_LDMATRIX(shared_cta_b16, false)
 CPU_CUDA_LDMATRIX(trans_shared_b16, true)
