@@ -688,12 +688,20 @@ static void check_mask(const Thread* me, unsigned mask, const char* what, Place 
     stop(here, "%s: the mask 0x%08x names lane %u, which %s", what, mask, first, existed ? "has exited" : "does not exist");
 }
 
-// Whether all lanes of the mask are here for the same. What differs is either an error or a subgroup that meets first.
-static bool all_arrived(Warp* warp, unsigned lane, unsigned mask, const char* what) {
-    const Warp::Arrival& first = warp->arrivals[__builtin_ctz(warp->waiting)];
-    if (first.mask != mask || (first.what != what && strcmp(first.what, what))) warp->mixed = true;
+static bool same_operation(const Warp::Arrival& a, const Warp::Arrival& b) {
+    return a.mask == b.mask && (a.what == b.what || !strcmp(a.what, b.what));
+}
+
+// Whether all lanes of the mask are here for the same. What differs is either an error or waits for another group.
+static bool all_arrived(Warp* warp, unsigned lane) {
+    const Warp::Arrival& mine = warp->arrivals[lane];
+    if (!same_operation(warp->arrivals[__builtin_ctz(warp->waiting)], mine)) warp->mixed = true;
     if (warp->mixed) check_agreement(warp, lane);
-    return (warp->waiting & mask) == mask;
+    if ((warp->waiting & mine.mask) != mine.mask) return false;
+    if (!warp->mixed) return true;
+    for (unsigned m = mine.mask; m; m &= m - 1)
+        if (!same_operation(warp->arrivals[__builtin_ctz(m)], mine)) return false;
+    return true;
 }
 
 // Waits for the lanes of the mask. True for the last one, which then has to call go_on.
@@ -706,7 +714,7 @@ static bool arrive(void* argument, unsigned mask, const char* what, Place here) 
     warp->arrivals[lane] = {mask, what, here};
     if (!warp->waiting) warp->mixed = false;
     warp->waiting |= 1u << lane;
-    if (all_arrived(warp, lane, mask, what)) return true;
+    if (all_arrived(warp, lane)) return true;
     wait(AT_WARP, here);
     return false;
 }
