@@ -1,0 +1,394 @@
+// mistakes_memory.cu: memory that a kernel or the host may not touch, and what a missing synchronisation lets through.
+
+#include "test.h"
+
+enum { COUNT = 1024, BYTES = COUNT * (int)sizeof(float) };      // a multiple of a page: the end is where it faults
+
+static float* on_device(int count) {
+    float* p;
+    OK(cudaMalloc(&p, (size_t)count * sizeof(float)));
+    OK(cudaMemset(p, 0, (size_t)count * sizeof(float)));
+    return p;
+}
+
+static float* pinned(float value) {
+    float* p;
+    OK(cudaMallocHost(&p, BYTES));
+    for (int i = 0; i < COUNT; i++) p[i] = value;
+    return p;
+}
+
+static cudaStream_t new_stream(void) {
+    cudaStream_t stream;
+    OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    return stream;
+}
+
+static cudaEvent_t new_event(void) {
+    cudaEvent_t event;
+    OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    return event;
+}
+
+__global__ void add(float* y, const float* x, float amount, int count) {
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i < count) y[i] = x[i] + amount;
+}
+
+static void add_to(float* y, const float* x, float amount, cudaStream_t stream) {
+    add<<<COUNT / 256, 256, 0, stream>>>(y, x, amount, COUNT);  // HERE argument_malloc
+}
+
+// ------------------------------------------------------------------------------------------------
+// Out of bounds
+
+// CASE off_by_one plain,check: 0 bytes past the end of a device allocation of 4096 bytes
+// CASE off_by_one address: heap-buffer-overflow
+__global__ void off_by_one_kernel(float* y, int count) {
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i <= count) y[i] = 1;                           // HERE off_by_one
+}
+static void off_by_one(void) { off_by_one_kernel<<<5, 256>>>(on_device(COUNT), COUNT); }
+
+// CASE window_before plain,check: 4 bytes before a device allocation of 4096 bytes
+// CASE window_before address: heap-buffer-overflow
+__device__ float window_sum(const float* x, int i) {
+    float sum = 0;
+    for (int k = 1; k >= -1; k--) sum += x[i + k];      // HERE window_before
+    return sum;
+}
+__global__ void window_kernel(float* y, const float* x) {
+    int i = (int)threadIdx.x;
+    y[i] = window_sum(x, i);
+}
+static void window_before(void) { window_kernel<<<1, 64>>>(on_device(COUNT), on_device(COUNT)); }
+
+// CASE wrong_stride plain,check: 4096 bytes past the end of a device allocation of 4096 bytes
+// CASE wrong_stride address: AddressSanitizer
+__global__ void wrong_stride_kernel(float4* y, int columns) {
+    for (int c = (int)threadIdx.x; c < columns / 4; c += 32)
+        y[blockIdx.x * (unsigned)columns + (unsigned)c] = make_float4(0, 0, 0, 0);      // HERE wrong_stride
+}
+static void wrong_stride(void) { wrong_stride_kernel<<<4, 32>>>((float4*)on_device(COUNT), COUNT / 2); }
+
+// CASE small_overrun plain,check: out of bounds
+__global__ void small_overrun_kernel(float* y) { y[threadIdx.x] = 1; }
+static void small_overrun(void) { small_overrun_kernel<<<1, 11>>>(on_device(10)); }     // HERE small_overrun
+
+// CASE small_overread check: 0 bytes past the end of a device allocation of 40 bytes
+// CASE small_overread address: heap-buffer-overflow
+__global__ void small_overread_kernel(float* y, const float* x) {
+    y[threadIdx.x] = x[threadIdx.x];                    // HERE small_overread
+}
+static void small_overread(void) { small_overread_kernel<<<1, 11>>>(on_device(11), on_device(10)); }
+
+// ------------------------------------------------------------------------------------------------
+// Use after free
+
+// CASE freed_read plain,check: use after free: kernel reads 0 bytes into a device allocation of 4096 bytes
+// CASE freed_read address: heap-use-after-free
+__global__ void freed_read_kernel(float* y, const float* x) { *y = *x; }                // HERE freed_read
+static void freed_read(void) {
+    float *x = on_device(COUNT), *y = on_device(COUNT);
+    OK(cudaFree(x));
+    freed_read_kernel<<<1, 1>>>(y, x);
+}
+
+// CASE freed_in_struct plain,check: use after free: kernel writes 4092 bytes into
+// CASE freed_in_struct address: heap-use-after-free
+typedef struct {
+    float *kept, *freed;
+} Buffers;
+__global__ void freed_in_struct_kernel(Buffers buffers) {
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    buffers.kept[i] = 1;
+    if (i == COUNT - 1) buffers.freed[i] = 1;           // HERE freed_in_struct
+}
+static void freed_in_struct(void) {
+    Buffers buffers = {on_device(COUNT), on_device(COUNT)};
+    freed_in_struct_kernel<<<8, 128>>>(buffers);
+    OK(cudaFree(buffers.freed));
+    on_device(COUNT);                                   // nor does it get those addresses
+    freed_in_struct_kernel<<<8, 128>>>(buffers);
+}
+
+// CASE freed_pinned plain,check: bytes into a pinned allocation of 4096 bytes that was freed
+// CASE freed_pinned address: heap-use-after-free
+static void freed_pinned(void) {
+    float* p = pinned(1);
+    OK(cudaFreeHost(p));
+    p[3] += 1;                                          // HERE freed_pinned
+}
+
+// CASE deep_recursion plain,check: stack overflow
+__device__ int deep(const volatile float* x, int level) {
+    volatile char local[1024];
+    local[level & 1023] = (char)level;                  // HERE deep_recursion
+    return level > 100000 ? (int)x[0] : deep(x, level + 1) + local[level & 1023];
+}
+__global__ void deep_recursion_kernel(float* y) { y[0] = (float)deep(y, 0); }
+static void deep_recursion(void) { deep_recursion_kernel<<<1, 1>>>(on_device(COUNT)); }
+
+// ------------------------------------------------------------------------------------------------
+// Host and device memory mixed up
+
+// CASE host_sums_device plain,check: host code touches device memory: host code reads
+static void host_sums_device(void) {
+    float sum = 0, *x = on_device(COUNT);
+    add_to(x, x, 1, 0);
+    for (int i = 0; i < COUNT; i++) sum += x[i];        // HERE host_sums_device
+    expect(sum == COUNT);
+}
+
+// CASE host_fills_device plain,check: host code touches device memory: host code writes
+static void host_fills_device(void) {
+    float* x = on_device(COUNT);
+    memset(x, 0, BYTES);                                // HERE host_fills_device
+}
+
+// CASE host_updates_device plain,check: 20 bytes into a device allocation of 4096 bytes
+static void bump(float* p) { *p += 1; }                 // HERE host_updates_device
+static void host_updates_device(void) { bump(on_device(COUNT) + 5); }
+
+// CASE argument_malloc plain,check,address: passed to kernel add as argument 2
+static void argument_malloc(void) { add_to(on_device(COUNT), (float*)malloc(BYTES), 1, 0); }
+
+// CASE argument_stack plain,check,address: passed to kernel add as argument 1
+static void argument_stack(void) {
+    float result[4];
+    add<<<1, 4>>>(result, on_device(COUNT), 1, 4);      // HERE argument_stack
+}
+
+// CASE argument_global plain,check,address: host pointer
+static float table[4];
+static void argument_global(void) {
+    OK(cudaDeviceSynchronize());
+    add<<<1, 4>>>(on_device(COUNT), table, 1, 4);       // HERE argument_global
+}
+
+// CASE host_in_struct check: kernel writes host memory
+__global__ void host_in_struct_kernel(Buffers buffers) {
+    buffers.kept[threadIdx.x] = 1;
+    if (threadIdx.x == 3) buffers.freed[threadIdx.x] = 1;       // HERE host_in_struct
+}
+static void host_in_struct(void) {
+    Buffers buffers = {on_device(COUNT), (float*)malloc(BYTES)};
+    host_in_struct_kernel<<<1, 32>>>(buffers);
+}
+
+// CASE host_in_table check: kernel reads host memory
+__global__ void host_in_table_kernel(float* y, float* const* rows) {
+    y[threadIdx.x] = rows[threadIdx.x][0];              // HERE host_in_table
+}
+static void host_in_table(void) {
+    float *rows[2] = {on_device(COUNT), (float*)calloc(COUNT, sizeof(float))}, **device_rows;
+    OK(cudaMalloc(&device_rows, sizeof rows));
+    OK(cudaMemcpy(device_rows, rows, sizeof rows, cudaMemcpyHostToDevice));
+    host_in_table_kernel<<<1, 2>>>(on_device(COUNT), device_rows);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Fresh memory is NaN
+
+// CASE fresh_accumulator plain: wrong result
+static void fresh_accumulator(void) {
+    float *sum, result;
+    OK(cudaMalloc(&sum, BYTES));
+    add_to(sum, sum, 1, 0);
+    OK(cudaMemcpy(&result, sum, sizeof result, cudaMemcpyDeviceToHost));
+    expect(result == 1);
+}
+
+// CASE fresh_pinned plain: wrong result
+static void fresh_pinned(void) {
+    float *loss, *x = on_device(COUNT);
+    OK(cudaHostAlloc(&loss, BYTES, cudaHostAllocDefault));
+    OK(cudaMemcpy(loss, x, BYTES / 2, cudaMemcpyDeviceToHost));
+    expect(loss[COUNT - 1] == 0);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Results that are not there yet
+
+// CASE read_before_sync lazy: wrong result
+static void read_before_sync(void) {
+    float *x = on_device(COUNT), *result = pinned(-1);
+    cudaStream_t stream = new_stream();
+    OK(cudaDeviceSynchronize());
+    add_to(x, x, 1, stream);
+    OK(cudaMemcpyAsync(result, x, BYTES, cudaMemcpyDeviceToHost, stream));
+    expect(result[COUNT - 1] == 1);
+}
+
+// CASE sync_other_stream lazy: wrong result
+static void sync_other_stream(void) {
+    float *x = on_device(COUNT), *result = pinned(-1);
+    cudaStream_t work = new_stream(), copies = new_stream();
+    OK(cudaDeviceSynchronize());
+    add_to(x, x, 1, work);
+    OK(cudaMemcpyAsync(result, x, BYTES, cudaMemcpyDeviceToHost, work));
+    OK(cudaStreamSynchronize(copies));
+    expect(result[0] == 1);
+}
+
+// CASE mapped_read_early lazy: wrong result
+static void mapped_read_early(void) {
+    float *x = on_device(COUNT), *flag = pinned(0);
+    add_to(flag, x, 1, 0);                              // the kernel writes host memory
+    expect(flag[0] == 1);
+}
+
+// CASE default_copy_of_nonblocking lazy: wrong result
+static void default_copy_of_nonblocking(void) {
+    float *x = on_device(COUNT), result = -1;
+    cudaStream_t stream = new_stream();
+    OK(cudaDeviceSynchronize());
+    add_to(x, x, 1, stream);
+    OK(cudaMemcpy(&result, x, sizeof result, cudaMemcpyDeviceToHost));
+    expect(result == 1);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Streams that do not wait for one another
+
+// What the consumer stream saw of what the producer added.
+static void consume(float* x, cudaStream_t consumer, float expected) {
+    float* result = pinned(-1);
+    OK(cudaMemcpyAsync(result, x, BYTES, cudaMemcpyDeviceToHost, consumer));
+    OK(cudaDeviceSynchronize());
+    expect(result[COUNT - 1] == expected);
+}
+
+// CASE missing_event lazy: wrong result
+static void missing_event(void) {
+    float* x = on_device(COUNT);
+    cudaStream_t producer = new_stream(), consumer = new_stream();
+    OK(cudaDeviceSynchronize());
+    add_to(x, x, 1, producer);
+    consume(x, consumer, 1);
+}
+
+// CASE event_recorded_after_wait lazy: wrong result
+static void event_recorded_after_wait(void) {
+    float* x = on_device(COUNT);
+    cudaStream_t producer = new_stream(), consumer = new_stream();
+    cudaEvent_t ready = new_event();
+    OK(cudaDeviceSynchronize());
+    add_to(x, x, 1, producer);
+    OK(cudaStreamWaitEvent(consumer, ready));
+    OK(cudaEventRecord(ready, producer));
+    consume(x, consumer, 1);
+}
+
+// CASE event_recorded_before_work lazy: wrong result
+static void event_recorded_before_work(void) {
+    float* x = on_device(COUNT);
+    cudaStream_t producer = new_stream(), consumer = new_stream();
+    cudaEvent_t ready = new_event();
+    OK(cudaDeviceSynchronize());
+    OK(cudaEventRecord(ready, producer));
+    add_to(x, x, 1, producer);
+    OK(cudaStreamWaitEvent(consumer, ready));
+    consume(x, consumer, 1);
+}
+
+// CASE second_round_unordered lazy: wrong result
+static void second_round_unordered(void) {
+    float* x = on_device(COUNT);
+    cudaStream_t producer = new_stream(), consumer = new_stream();
+    cudaEvent_t ready = new_event();
+    OK(cudaDeviceSynchronize());
+    for (int round = 0; round < 2; round++) {
+        add_to(x, x, 1, producer);
+        if (round == 0) OK(cudaEventRecord(ready, producer));   // of the first round only
+        OK(cudaStreamWaitEvent(consumer, ready));
+    }
+    consume(x, consumer, 2);
+}
+
+// CASE upload_then_nonblocking lazy: wrong result
+static void upload_then_nonblocking(void) {
+    float *x = on_device(COUNT), *host = (float*)calloc(COUNT, sizeof(float));
+    cudaStream_t stream = new_stream();
+    host[COUNT - 1] = 5;
+    OK(cudaMemcpy(x, host, BYTES, cudaMemcpyHostToDevice));     // pageable: staged, not there yet
+    consume(x, stream, 5);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Sources of copies that change too early
+
+static void upload_and_expect(float* x, float expected) {
+    float result = -1;
+    OK(cudaDeviceSynchronize());
+    OK(cudaMemcpy(&result, x + COUNT - 1, sizeof result, cudaMemcpyDeviceToHost));
+    expect(result == expected);
+}
+
+// CASE source_overwritten lazy: wrong result
+static void source_overwritten(void) {
+    float *x = on_device(COUNT), *source = pinned(1);
+    OK(cudaMemcpyAsync(x, source, BYTES, cudaMemcpyHostToDevice));
+    source[COUNT - 1] = 2;
+    upload_and_expect(x, 1);
+}
+
+// CASE source_in_loop lazy: wrong result
+static void source_in_loop(void) {
+    float *x = on_device(COUNT), *sum = on_device(COUNT), *source = pinned(0);
+    cudaStream_t stream = new_stream();
+    OK(cudaDeviceSynchronize());
+    for (int batch = 1; batch <= 3; batch++) {
+        source[COUNT - 1] = (float)batch;
+        OK(cudaMemcpyAsync(x, source, BYTES, cudaMemcpyHostToDevice, stream));
+        if (batch == 1) add_to(sum, x, 0, stream);
+    }
+    upload_and_expect(sum, 1);
+}
+
+// CASE source_by_kernel lazy: wrong result
+static void source_by_kernel(void) {
+    float *x = on_device(COUNT), *y = on_device(COUNT), *result = pinned(-1);
+    cudaStream_t copies = new_stream(), work = new_stream();
+    add_to(x, x, 1, 0);
+    OK(cudaDeviceSynchronize());
+    OK(cudaMemcpyAsync(result, x, BYTES, cudaMemcpyDeviceToHost, copies));
+    add_to(x, y, 7, work);                              // does not wait for the copy of x
+    OK(cudaDeviceSynchronize());
+    expect(result[0] == 1);
+}
+
+// CASE double_buffer plain,check,address,lazy,order: clean
+static void double_buffer(void) {
+    float *sum = on_device(COUNT), *x[2] = {on_device(COUNT), on_device(COUNT)}, *source[2] = {pinned(1), pinned(1)};
+    cudaStream_t copies = new_stream(), work = new_stream();
+    cudaEvent_t arrived[2] = {new_event(), new_event()}, used[2] = {new_event(), new_event()};
+    OK(cudaDeviceSynchronize());
+    for (int batch = 0; batch < 6; batch++) {
+        int slot = batch % 2;
+        OK(cudaEventSynchronize(arrived[slot]));
+        source[slot][COUNT - 1] = (float)batch;
+        OK(cudaStreamWaitEvent(copies, used[slot]));
+        OK(cudaMemcpyAsync(x[slot], source[slot], BYTES, cudaMemcpyHostToDevice, copies));
+        OK(cudaEventRecord(arrived[slot], copies));
+        OK(cudaStreamWaitEvent(work, arrived[slot]));
+        add_to(sum, x[slot], (float)batch, work);
+        OK(cudaEventRecord(used[slot], work));
+    }
+    upload_and_expect(sum, 10);
+}
+
+#define CASE(name) {#name, name}
+static const Case cases[] = {
+    CASE(off_by_one), CASE(window_before), CASE(wrong_stride), CASE(small_overrun), CASE(small_overread),
+    CASE(freed_read), CASE(freed_in_struct), CASE(freed_pinned), CASE(deep_recursion),
+    CASE(host_sums_device), CASE(host_fills_device), CASE(host_updates_device),
+    CASE(argument_malloc), CASE(argument_stack), CASE(argument_global), CASE(host_in_struct), CASE(host_in_table),
+    CASE(fresh_accumulator), CASE(fresh_pinned),
+    CASE(read_before_sync), CASE(sync_other_stream), CASE(mapped_read_early), CASE(default_copy_of_nonblocking),
+    CASE(missing_event), CASE(event_recorded_after_wait), CASE(event_recorded_before_work),
+    CASE(second_round_unordered), CASE(upload_then_nonblocking),
+    CASE(source_overwritten), CASE(source_in_loop), CASE(source_by_kernel), CASE(double_buffer),
+};
+
+int main(int argc, char** argv) { return RUN_CASE(cases, argc, argv); }
