@@ -383,8 +383,8 @@ uintptr_t thread_local_begin, thread_local_end;         // of this worker
 
 bool is_private(uintptr_t address) {
     if (address >= thread_local_begin && address < thread_local_end) return true;
-    uintptr_t arguments = (uintptr_t)launched->arguments;
-    return address >= arguments && address < arguments + launched->arguments_size;
+    uintptr_t arguments = (uintptr_t)launched->arguments, operation = (uintptr_t)current->warp;
+    return address - arguments < launched->arguments_size || address - operation < sizeof(Warp);
 }
 
 // An address without shadow: the thread's own, or nobody's that a kernel may touch.
@@ -718,6 +718,7 @@ ACCESSES(2)
 ACCESSES(4)
 ACCESSES(8)
 ACCESSES(16)
+ATOMICS(16, uint16_t)
 ATOMICS(32, uint32_t)
 ATOMICS(64, uint64_t)
 
