@@ -1664,6 +1664,20 @@ static double flops_per_token(const Model* m, int T) {
     return 6 * ((double)m->size - (double)c->T * c->C) + 12.0 * c->L * c->C * T + connections;
 }
 
+static const char* cpu_name(void) {
+    static char name[128] = "unknown CPU";
+    char line[512];
+    FILE* file = fopen("/proc/cpuinfo", "r");
+    while (file && fgets(line, sizeof line, file))
+        if (!strncmp(line, "model name", 10) && strchr(line, ':')) {
+            snprintf(name, sizeof name, "%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"),
+                     strchr(line, ':') + 2);
+            break;
+        }
+    if (file) fclose(file);
+    return name;
+}
+
 static double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -1724,6 +1738,7 @@ typedef struct {
     long step;                  // finished updates
     uint64_t tokens_seen;
     double peak;                // FLOP/s
+    double loss_sum;            // over the step's micro-batches
     Spikes spikes;
     int skipped;                // updates in a row
     RunLog log;
@@ -1735,6 +1750,97 @@ static Config config_of(const Options* o) {
                 o->hc_maps, o->hc_static, o->hc_gap};
     return c;
 }
+
+// ------------------------------------------------------------------------------------------------
+// The machine that computes: all that a run asks of it. On a CPU it is the functions above; train_gpt_mhc.cu has
+// them for a GPU. The run's own copies of parameters and moments (model) are what files are written from.
+
+static void machine_layout(Run* run, Arena* arena, int block);  // its memory on the host
+static bool machine_open(Run* run, Error* e);       // before memory is taken: does it fit there too?
+static void machine_close(Run* run);
+static void machine_describe(const Run* run, char* text, size_t size);
+static double machine_peak(const Run* run);         // FLOP/s
+static void machine_load(Run* run);                 // the run's parameters and moments become the machine's
+static void machine_fetch(Run* run);                // and back
+static void machine_zero_gradients(Run* run);
+static void machine_micro_batch(Run* run);          // gradients += those of run's tokens and targets
+static void machine_gradients(Run* run, double* loss, double* norm);    // of the step's micro-batches, in all
+static void machine_update(Run* run, double lr, double norm);
+static const Tensor* machine_nonfinite(Run* run, bool gradients);       // the first such tensor, or NULL
+static double machine_loss(Run* run, int B);        // mean over B sequences of run's tokens
+// A forward pass of one sequence; its coefficients on the host, and streams (2L + 1) if not NULL.
+static void machine_observe(Run* run, StreamStats* streams);
+// logits (V) on the host after `length` tokens, of which the first `known` were there at the last call
+static void machine_logits(Run* run, const int32_t* tokens, int length, int known, real* logits);
+// A pass of the run's micro-batch; gradients, coefficients, losses and logits (rows, V) on the host
+static void machine_dump(Run* run, real* logits);
+
+#ifndef GPU_TRAINER
+static void machine_layout(Run* run, Arena* arena, int block) {
+    model_memory(&run->model, arena, run->training);
+    activations_layout(&run->acts, arena, &run->c, (int)run->o.batch, run->c.T, block, run->training);
+    activations_layout(&run->infer, arena, &run->c, 1, run->c.T, 1, false);
+    plan_add(arena, "program and panels of matrices", ((size_t)3 + (size_t)thread_count()) << 20);
+}
+
+static bool machine_open(Run* run, Error* e) { return run && e; }
+static void machine_close(Run* run) { (void)run; }
+static void machine_load(Run* run) { (void)run; }
+static void machine_fetch(Run* run) { (void)run; }
+static double machine_peak(const Run* run) { return run ? measure_peak() : 0; }
+static void machine_update(Run* run, double lr, double norm) {
+    adamw(&run->model, &run->o, lr, norm, run->step + 1);
+}
+
+static void machine_describe(const Run* run, char* text, size_t size) {
+    (void)run;
+    snprintf(text, size, "%s, %d thread%s", cpu_name(), thread_count(), thread_count() > 1 ? "s" : "");
+}
+
+static void machine_zero_gradients(Run* run) {
+    zero_gradients(&run->model);
+    run->loss_sum = 0;
+}
+
+static void machine_micro_batch(Run* run) {
+    run->loss_sum += forward_backward(&run->model, &run->acts, run->tokens, run->targets, (int)run->o.batch,
+                                      run->c.T, (int)run->o.micro_batches);
+}
+
+static void machine_gradients(Run* run, double* loss, double* norm) {
+    add_head_gradient(&run->model);
+    *loss = run->loss_sum / (double)run->o.micro_batches;
+    *norm = gradient_norm(&run->model);
+}
+
+static const Tensor* machine_nonfinite(Run* run, bool gradients) {
+    return first_nonfinite(&run->model, gradients ? run->model.grads : run->model.params);
+}
+
+static double machine_loss(Run* run, int B) {
+    model_forward(&run->model, &run->acts, run->tokens, B, run->c.T, 0);
+    head(&run->model, &run->acts, run->targets, B * run->c.T, 0);
+    return mean_loss(&run->acts, B * run->c.T);
+}
+
+static void machine_observe(Run* run, StreamStats* streams) {
+    run->acts.streams = streams;
+    model_forward(&run->model, &run->acts, run->tokens, 1, run->c.T, 0);
+    run->acts.streams = NULL;
+}
+
+static void machine_logits(Run* run, const int32_t* tokens, int length, int known, real* logits) {
+    model_forward(&run->model, &run->infer, tokens, 1, length, known);
+    head_logits(&run->model, &run->infer, logits, length - 1, 1);
+}
+
+static void machine_dump(Run* run, real* logits) {
+    int B = (int)run->o.batch, T = run->c.T;
+    forward_backward(&run->model, &run->acts, run->tokens, run->targets, B, T, 1);
+    add_head_gradient(&run->model);
+    head_logits(&run->model, &run->acts, logits, 0, B * T);
+}
+#endif
 
 // --- data
 
@@ -1809,9 +1915,7 @@ static bool validation_loss(Run* run, double* loss, Error* e) {
         for (; B < run->o.batch && w < windows; B++, w++)
             if (!tokens_val_window(&run->val, w, T, run->c.V, run->tokens + B * T, run->targets + B * T, e))
                 return false;
-        model_forward(&run->model, &run->acts, run->tokens, B, T, 0);
-        head(&run->model, &run->acts, run->targets, B * T, 0);
-        sum += mean_loss(&run->acts, B * T) * B;
+        sum += machine_loss(run, B) * B;
     }
     *loss = sum / (double)windows;
     return true;
@@ -1888,8 +1992,7 @@ static void generate(Run* run, const int32_t* prompt, int prompt_count, long cou
                                       (uint64_t)run->step * 1000003u + (uint64_t)i) >>
                                11) /
                       9007199254740992.0;
-        model_forward(&run->model, &run->infer, context, 1, length, known);
-        head_logits(&run->model, &run->infer, logits, length - 1, 1);
+        machine_logits(run, context, length, known, logits);
         known = length;
         if (length == T) {
             memmove(context, context + T / 2, sizeof(int32_t) * (size_t)(T - T / 2));
@@ -1941,13 +2044,13 @@ static void catch_signals(void) {
 
 // What becomes of an update. What is not finite is never applied;
 // the first such tensor in table order is named.
-static Verdict judge(const Run* run, StepReport* r) {
+static Verdict judge(Run* run, StepReport* r) {
     const Tensor* t;
     bool may_skip = run->o.on_spike == SPIKE_SKIP && run->skipped + 1 < MAX_SKIPPED;
     if (!isfinite(r->loss) || !isfinite(r->norm)) {
-        if ((t = first_nonfinite(&run->model, run->model.params)))
+        if ((t = machine_nonfinite(run, false)))
             snprintf(r->culprit, sizeof r->culprit, "weight %s is not finite", t->name);
-        else if ((t = first_nonfinite(&run->model, run->model.grads)))
+        else if ((t = machine_nonfinite(run, true)))
             snprintf(r->culprit, sizeof r->culprit, "the gradient of %s is not finite", t->name);
         else snprintf(r->culprit, sizeof r->culprit, "the loss is not finite");
         bool weights = !strncmp(r->culprit, "weight", 6);
@@ -1958,30 +2061,26 @@ static Verdict judge(const Run* run, StepReport* r) {
     return may_skip ? VERDICT_SKIP : VERDICT_STOP;
 }
 
-// Gradients of update `step` over its micro-batches; false if the data cannot be read.
-static bool accumulate_gradients(Run* run, double* loss, Error* e) {
-    *loss = 0;
-    zero_gradients(&run->model);
+// Gradients, loss and norm of update `step` over its micro-batches; false if the data cannot be read.
+static bool accumulate_gradients(Run* run, StepReport* r, Error* e) {
+    machine_zero_gradients(run);
     for (long micro = 0; micro < run->o.micro_batches; micro++) {
         if (!training_batch(run, run->step, micro, e)) return false;
-        *loss += forward_backward(&run->model, &run->acts, run->tokens, run->targets, (int)run->o.batch,
-                                  run->c.T, (int)run->o.micro_batches) /
-                 (double)run->o.micro_batches;
+        machine_micro_batch(run);
     }
-    add_head_gradient(&run->model);
+    machine_gradients(run, &r->loss, &r->norm);
     return true;
 }
 
 // After the gradients: judge, apply or drop, remember. A dropped update still is a step: its data is past.
 static void finish_step(Run* run, StepReport* r) {
-    r->norm = gradient_norm(&run->model);
     r->z = spikes_score(&run->spikes, r->loss);
     r->lr = learning_rate(&run->o, run->step);
     r->culprit[0] = 0;
     r->verdict = judge(run, r);
     if (r->verdict == VERDICT_STOP) return;
     if (r->verdict == VERDICT_APPLY) {
-        adamw(&run->model, &run->o, r->lr, r->norm, run->step + 1);
+        machine_update(run, r->lr, r->norm);
         spikes_accept(&run->spikes, r->loss);
     }
     run->skipped = r->verdict == VERDICT_SKIP ? run->skipped + 1 : 0;
@@ -1991,7 +2090,7 @@ static void finish_step(Run* run, StepReport* r) {
 
 static bool train_step(Run* run, StepReport* r, Error* e) {
     double start = seconds();
-    if (!accumulate_gradients(run, &r->loss, e)) return false;
+    if (!accumulate_gradients(run, r, e)) return false;
     finish_step(run, r);
     r->seconds = seconds() - start;
     return true;
@@ -2053,15 +2152,12 @@ static int recompute_block(const Run* run) {
 
 static void layout_run(Run* run, Arena* arena) {
     int B = (int)run->o.batch, T = run->c.T;
-    model_memory(&run->model, arena, run->training);
-    activations_layout(&run->acts, arena, &run->c, B, T, recompute_block(run), run->training);
-    activations_layout(&run->infer, arena, &run->c, 1, T, 1, false);
+    machine_layout(run, arena, recompute_block(run));
     run->tokens = (int32_t*)plan_carve(arena, "data", (size_t)B * (size_t)T, sizeof(int32_t));
     run->targets = (int32_t*)plan_carve(arena, "data", (size_t)B * (size_t)T, sizeof(int32_t));
     plan_add(arena, "data", tokens_resident_bytes(&run->train));
     if (run->has_val) plan_add(arena, "data", tokens_resident_bytes(&run->val));
     if (run->corpus) plan_add(arena, "data", CORPUS_BYTES * sizeof(float));
-    plan_add(arena, "program and panels of matrices", ((size_t)3 + (size_t)thread_count()) << 20);
 }
 
 static void print_model(const Run* run) {
@@ -2071,11 +2167,12 @@ static void print_model(const Run* run) {
            run->c.NH, run->c.T, run->c.V, text);
     if (has_connections(&run->c)) printf(" with %d streams", run->c.n);
     printf(", %.3f M parameters\n", (double)run->model.size / 1e6);
-    printf("step:  %ld x %ld sequences of %d tokens, %.2f GFLOP; %s, %d thread%s", run->o.micro_batches,
-           run->o.batch, run->c.T,
+    machine_describe(run, text, sizeof text);
+    printf("step:  %ld x %ld sequences of %d tokens, %.2f GFLOP; %s", run->o.micro_batches, run->o.batch,
+           run->c.T,
            flops_per_token(&run->model, run->c.T) * (double)(run->o.micro_batches * run->o.batch * run->c.T) /
                1e9,
-           cpu_name(), thread_count(), thread_count() > 1 ? "s" : "");
+           text);
     if (run->peak > 0) printf(", measured peak %.0f GFLOP/s", run->peak / 1e9);
     printf("\n");
 }
@@ -2086,6 +2183,7 @@ static bool allocate_run(Run* run, Error* e) {
     activations_open(&run->acts, &run->c);
     activations_open(&run->infer, &run->c);
     layout_run(run, &run->arena);
+    if (!machine_open(run, e)) return false;
     if (run->o.plan) return true;
     if (!plan_check(&run->arena, "reduce --batch, --seq or --layers, or try --recompute auto", e))
         return false;
@@ -2175,6 +2273,7 @@ static bool open_run(Run* run, Error* e) {
             return false;
     }
     if (from_file) safetensors_close(&f);
+    if (!o->plan) machine_load(run);
     return !trains || check_windows(run, e);
 }
 
@@ -2185,7 +2284,7 @@ static int run_training(Run* run, int argc, char** argv) {
     catch_signals();
     if (!run->o.resume) rundir_keep(run->o.out, 0);
     if (!runlog_open(&run->log, path, run->o.resume ? run->step : -1, &e)) die("%s", e.text);
-    run->peak = measure_peak();
+    run->peak = machine_peak(run);
     print_model(run);
     plan_print(stdout, &run->arena);
     if (!run->has_val)
@@ -2250,6 +2349,7 @@ static int run_mode(Run* run, int argc, char** argv) {
 }
 
 static void close_run(Run* run) {
+    machine_close(run);
     activations_close(&run->acts);
     activations_close(&run->infer);
     model_close(&run->model);

@@ -118,10 +118,11 @@ static void log_end(Run* run) {
 // finite is not kept: it would push out the checkpoints from before.
 static bool save_checkpoint(Run* run, Error* e) {
     char path[RUNDIR_PATH];
-    const Tensor* t = first_nonfinite(&run->model, run->model.params);
+    const Tensor* t = machine_nonfinite(run, false);
     if (t)
         return fail(e, "weight %s is not finite after step %ld: no checkpoint was written", t->name,
                     run->step);
+    machine_fetch(run);
     Export x = export_open(3 * run->model.tensor_count);
     Metadata d = run_metadata(run);
     rundir_path(path, run->o.out, run->step);
@@ -366,10 +367,8 @@ static bool dump(Run* run, Error* e) {
     if (!training_batch(run, 0, 0, e)) return false;
     Export x = export_open(4 + 2 * m->tensor_count + 6 * run->c.L);
     Metadata d = run_metadata(run);
-    forward_backward(m, &run->acts, run->tokens, run->targets, (int)B, (int)T, 1);
-    add_head_gradient(m);
     real* logits = (real*)allocate(B * T * V, sizeof(real));
-    head_logits(m, &run->acts, logits, 0, (int)(B * T));
+    machine_dump(run, logits);
     export_shape(export_tensor(&x, "", "tokens", SAFE_I32, run->tokens), 2, B, T, 0, 0);
     export_shape(export_tensor(&x, "", "targets", SAFE_I32, run->targets), 2, B, T, 0, 0);
     export_shape(export_real(&x, "", "logits", logits, B * T * V), 3, B, T, V, 0);

@@ -87,20 +87,6 @@ static void report_sample(Run* run) {
     log_end(run);
 }
 
-static const char* cpu_name(void) {
-    static char name[128] = "unknown CPU";
-    char line[512];
-    FILE* file = fopen("/proc/cpuinfo", "r");
-    while (file && fgets(line, sizeof line, file))
-        if (!strncmp(line, "model name", 10) && strchr(line, ':')) {
-            snprintf(name, sizeof name, "%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"),
-                     strchr(line, ':') + 2);
-            break;
-        }
-    if (file) fclose(file);
-    return name;
-}
-
 static void log_run(Run* run) {
     char text[OPTION_SIZE];
     runlog_begin(&run->log, "run");
@@ -108,7 +94,8 @@ static void log_run(Run* run) {
     runlog_text(&run->log, "version", PROGRAM_VERSION);
     runlog_text(&run->log, "git", GIT_HASH);
     runlog_text(&run->log, "compiler", __VERSION__);
-    runlog_text(&run->log, "device", cpu_name());
+    machine_describe(run, text, sizeof text);
+    runlog_text(&run->log, "device", text);
     runlog_int(&run->log, "threads", thread_count());
     runlog_int(&run->log, "step", run->step);
     runlog_int(&run->log, "parameters", (long long)run->model.size);
@@ -134,7 +121,7 @@ static int stop_run(Run* run, const char* why, int status) {
 static int save_and_stop(Run* run, const char* why, int status) {
     Error e;
     if (!save_checkpoint(run, &e)) {
-        bool finite = !first_nonfinite(&run->model, run->model.params);
+        bool finite = !machine_nonfinite(run, false);
         fprintf(stderr, "%s\n", e.text);
         return stop_run(run, e.text, finite ? STATUS_SAVE_FAILED : STATUS_NONFINITE);
     }
@@ -204,8 +191,8 @@ static bool measure_gains(Run* run, Gain* largest, Error* e) {
                              : tokens_train_window(&run->train, (uint64_t)run->o.seed, 0, T, run->c.V,
                                                    run->tokens, run->targets, e);
     if (good) {
-        run->acts.streams = (StreamStats*)allocate((size_t)(count + 1), sizeof(StreamStats));
-        model_forward(&run->model, &run->acts, run->tokens, 1, T, 0);
+        StreamStats* streams = (StreamStats*)allocate((size_t)(count + 1), sizeof(StreamStats));
+        machine_observe(run, streams);
         model_gains(gains, gains + count, &run->c, &run->acts, T);
         memset(largest, 0, sizeof *largest);
         for (int k = 0; k < count; k++) {
@@ -216,10 +203,9 @@ static bool measure_gains(Run* run, Gain* largest, Error* e) {
         runlog_int(&run->log, "step", run->step);
         log_gains(run, "sublayer", gains);
         log_gains(run, "composite", gains + count);
-        log_streams(run, run->acts.streams);
+        log_streams(run, streams);
         log_end(run);
-        free(run->acts.streams);
-        run->acts.streams = NULL;
+        free(streams);
     }
     free(gains);
     return good;

@@ -531,6 +531,7 @@ static Verdict finish(StepReport* r, double loss) {
     memset(r, 0, sizeof *r);
     memcpy(saved_params, run.model.params, sizeof(real) * run.model.size);
     r->loss = loss;
+    r->norm = gradient_norm(&run.model);
     finish_step(&run, r);
     return r->verdict;
 }
@@ -698,19 +699,19 @@ static void test_policy(void) {
 // The head's gradient is wte's too; and what cannot be read is no gradient.
 static void test_accumulation(void) {
     Error e;
-    double loss;
+    StepReport r;
     start_or_die(&run, "accumulation", SMALL "--batch 4");
     randomise(&run.model, 1);
     Model* m = &run.model;
     real* grads = (real*)allocate(m->size, sizeof(real));
-    if (!accumulate_gradients(&run, &loss, &e)) die("%s", e.text);
+    if (!accumulate_gradients(&run, &r, &e)) die("%s", e.text);
     memcpy(grads, m->grads, sizeof(real) * m->size);
     zero_gradients(m);
     double again = forward_backward(m, &run.acts, run.tokens, run.targets, 4, 12, 1);
     for (int i = 0; i < 256 * 12; i++) m->grads[m->first[WTE] + (size_t)i] += m->head_grads[i];
-    check(loss == again && same_bits(grads, m->grads, m->size), "an update's gradients have the head's part");
+    check(r.loss == again && same_bits(grads, m->grads, m->size), "an update's gradients have the head's part");
     run.c.V = 32;               // less than the letters of the text
-    check(!accumulate_gradients(&run, &loss, &e), "a token beyond the vocabulary is an error: %s", e.text);
+    check(!accumulate_gradients(&run, &r, &e), "a token beyond the vocabulary is an error: %s", e.text);
     free(grads);
     close_run(&run);
 }
@@ -721,7 +722,7 @@ static void test_micro_batches(void) {
                                        SMALL "--batch 2 --micro-batches 2",
                                        SMALL "--batch 1 --micro-batches 4"};
     Error e;
-    double first, loss;
+    StepReport first, r;
     start_or_die(&run, "micro_0", ways[0]);
     randomise(&run.model, 1);
     run.step = 3;
@@ -730,13 +731,13 @@ static void test_micro_batches(void) {
         start_or_die(&other, i == 1 ? "micro_1" : "micro_2", ways[i]);
         randomise(&other.model, 1);
         other.step = 3;
-        if (!accumulate_gradients(&other, &loss, &e)) die("%s", e.text);
+        if (!accumulate_gradients(&other, &r, &e)) die("%s", e.text);
         double difference = 0, norm = 0;
         for (size_t k = 0; k < run.model.size; k++) {
             difference += pow((double)(run.model.grads[k] - other.model.grads[k]), 2);
             norm += pow((double)run.model.grads[k], 2);
         }
-        check(fabs(loss / first - 1) <= 1e-6 && sqrt(difference / norm) <= 1e-6,
+        check(fabs(r.loss / first.loss - 1) <= 1e-6 && sqrt(difference / norm) <= 1e-6,
               "%s: loss and gradient are those of one batch: %.1e", ways[i] + strlen(SMALL),
               sqrt(difference / norm));
         close_run(&other);
