@@ -86,7 +86,7 @@ def kernel_start(text, end):
 ANGLES_CLOSE = re.compile(r'>>\s*>\s*\(')
 PARENTHESIS_CLOSES = re.compile(r'\)')
 LAUNCH = ('::cpu_cuda::launch({name}, {{__builtin_FILE(), __builtin_LINE()}}, ::cpu_cuda::Shape({shape}), '
-          '[&](auto&... cpu_cuda_x) {{ {kernel}(cpu_cuda_x...); }}{comma}{arguments})')
+          '[=](auto&... cpu_cuda_x) {{ {kernel}(cpu_cuda_x...); }}{comma}{arguments})')
 
 
 def rewrite_launch(text, match):

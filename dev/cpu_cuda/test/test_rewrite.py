@@ -12,7 +12,7 @@ HERE = '{__builtin_FILE(), __builtin_LINE()}'
 
 
 def launch(kernel, shape, arguments):
-    return '::cpu_cuda::launch("%s", %s, ::cpu_cuda::Shape(%s), [&](auto&... cpu_cuda_x) { %s(cpu_cuda_x...); }%s)' % (
+    return '::cpu_cuda::launch("%s", %s, ::cpu_cuda::Shape(%s), [=](auto&... cpu_cuda_x) { %s(cpu_cuda_x...); }%s)' % (
         kernel, HERE, shape, kernel, ', ' + arguments if arguments else '')
 
 

@@ -70,7 +70,7 @@ void atomic_access(const void* pointer, size_t size, Place here);
 // ------------------------------------------------------------------------------------------------
 // Launching: `kernel<<<grid, block, shared, stream>>>(a, b)` is rewritten to
 //     cpu_cuda::launch("kernel", {file, line}, cpu_cuda::Shape(grid, block, shared, stream),
-//                      [&](auto&... x) { kernel(x...); }, a, b)
+//                      [=](auto&... x) { kernel(x...); }, a, b)
 
 struct Size3 {
     unsigned x, y, z;
