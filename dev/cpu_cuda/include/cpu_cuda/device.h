@@ -103,26 +103,26 @@ void visit_argument(PointerVisit visit, const Launch& launch, int position, cons
 
 // A kernel with a copy of its arguments, which outlives the launching statement.
 template <class Kernel, class... Values>
-struct Call {
+struct BoundKernel {
     Kernel kernel;
     std::tuple<Values...> values;
 
-    static void run(void* call) { std::apply(((Call*)call)->kernel, ((Call*)call)->values); }
-    static void release(void* call) { delete (Call*)call; }
-    static void each_pointer(void* call, PointerVisit visit, const Launch& launch) {
+    static void run(void* bound) { std::apply(((BoundKernel*)bound)->kernel, ((BoundKernel*)bound)->values); }
+    static void release(void* bound) { delete (BoundKernel*)bound; }
+    static void each_pointer(void* bound, PointerVisit visit, const Launch& launch) {
         int position = 0;
         std::apply([&](auto&... value) { (visit_argument(visit, launch, position++, value), ...); },
-                   ((Call*)call)->values);
+                   ((BoundKernel*)bound)->values);
     }
 };
 
 template <class Kernel, class... Arguments>
 void launch(const char* name, Place place, Shape shape, Kernel kernel, Arguments&&... arguments) {
-    typedef Call<Kernel, std::decay_t<Arguments>...> ThisCall;
-    ThisCall* call = new ThisCall{kernel, std::tuple<std::decay_t<Arguments>...>(std::forward<Arguments>(arguments)...)};
+    typedef BoundKernel<Kernel, std::decay_t<Arguments>...> Bound;
+    Bound* bound = new Bound{kernel, std::tuple<std::decay_t<Arguments>...>(std::forward<Arguments>(arguments)...)};
     const dim3 &g = shape.grid, &b = shape.block;
-    submit(new Launch{{g.x, g.y, g.z}, {b.x, b.y, b.z}, shape.shared, shape.stream, name, place, false, ThisCall::run,
-                      ThisCall::release, call, sizeof *call, ThisCall::each_pointer});
+    submit(new Launch{{g.x, g.y, g.z}, {b.x, b.y, b.z}, shape.shared, shape.stream, name, place, false, Bound::run,
+                      Bound::release, bound, sizeof *bound, Bound::each_pointer});
 }
 
 }  // namespace cpu_cuda
