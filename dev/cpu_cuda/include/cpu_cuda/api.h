@@ -164,11 +164,11 @@ cudaError_t occupancy(int* blocks, int threads, size_t shared);
 template <class... P>
 cudaError_t launch_cooperative(const char* text, Place here, void (*kernel)(P...), dim3 g, dim3 b, void** arguments,
                                size_t shared = 0, cudaStream_t stream = 0) {
-    typedef Call<void (*)(P...), std::decay_t<P>...> ThisCall;
+    typedef BoundKernel<void (*)(P...), std::decay_t<P>...> Bound;
     int i = 0;
-    ThisCall* call = new ThisCall{kernel, {*(std::decay_t<P>*)arguments[i++]...}};
+    Bound* bound = new Bound{kernel, {*(std::decay_t<P>*)arguments[i++]...}};
     return try_submit(new Launch{{g.x, g.y, g.z}, {b.x, b.y, b.z}, shared, stream, kernel_name(text), here, true,
-                                 ThisCall::run, ThisCall::release, call, sizeof *call, ThisCall::each_pointer});
+                                 Bound::run, Bound::release, bound, sizeof *bound, Bound::each_pointer});
 }
 
 template <class T>
