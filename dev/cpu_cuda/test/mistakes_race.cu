@@ -123,8 +123,8 @@ __global__ void half_syncwarp(float* out) {
 
 // CASE global_no_barrier check: race between warps of a block in global memory
 __global__ void global_no_barrier(float* out) {
-    if (threadIdx.x < 32) out[threadIdx.x] += 1;                        // HERE global_no_barrier
-    else out[threadIdx.x - 32] *= 2;                                    // HERE global_no_barrier
+    if (threadIdx.x < 32) out[threadIdx.x] = 1;                         // HERE global_no_barrier
+    if (threadIdx.x >= 40) out[0] += out[threadIdx.x - 32];             // HERE global_no_barrier
 }
 
 __device__ int counter;
@@ -345,17 +345,19 @@ __global__ void past_allocation(float* out, int shift) {
 
 // CASE misaligned_global address: misaligned address
 __global__ void misaligned_global(float* p) {
-    *(float4*)(p + 4 * threadIdx.x + 1) = make_float4(1, 2, 3, 4);      // HERE misaligned_global
+    float4* vectors = (float4*)(p + 1);
+    vectors[threadIdx.x].w += 1;                        // HERE misaligned_global
 }
 
 // CASE misaligned_shared address: misaligned address
 __global__ void misaligned_shared(float* out, int shift) {
     __shared__ float s[2 * N + 1];
-    ((float2*)(s + shift))[threadIdx.x] = make_float2(1, 2);            // HERE misaligned_shared
-    out[threadIdx.x] = s[threadIdx.x + 1];
+    float2* pair = (float2*)(s + shift) + threadIdx.x;
+    pair->x = 1;                                        // HERE misaligned_shared
+    out[threadIdx.x] = s[2 * threadIdx.x + 1];
 }
 
-// CASE misaligned_bytes address: misaligned address
+// CASE misaligned_bytes address,check: misaligned address
 __global__ void misaligned_bytes(const char* p, int* out) {
     out[threadIdx.x] = *(const int*)(p + threadIdx.x);                  // HERE misaligned_bytes
 }
@@ -395,10 +397,16 @@ __global__ void local_in_helper(float* out, int count) {
     out[threadIdx.x] = last_of(local, count);
 }
 
-// CASE local_vector address: insufficient space for an object
-__global__ void local_vector(float* out, int lane) {
+__device__ float sum_of(const float* p, int count) {
+    float sum = 0;
+    for (int i = 0; i < count; i++) sum += p[i];        // HERE local_vector
+    return sum;
+}
+
+// CASE local_vector address: stack-buffer-overflow
+__global__ void local_vector(float* out, int count) {
     float4 v = make_float4(1, 2, 3, 4);
-    out[threadIdx.x] = (&v.x)[lane];                    // HERE local_vector
+    if (threadIdx.x >= 40) out[threadIdx.x] = sum_of(&v.x, count);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -429,7 +437,7 @@ __global__ void specialised(float* out) {
         asm volatile("bar.sync %0, 64;" ::"r"(1 + i % 2) : "memory");
         if (threadIdx.x >= 32) sum += s[i % 2][31 - lane];
     }
-    if (threadIdx.x >= 32) out[lane] = sum;
+    if (threadIdx.x >= 32) out[blockIdx.x * 32 + lane] = sum;
 }
 
 // CASE specialised_block plain,check: clean
@@ -581,7 +589,7 @@ static const Case cases[] = {
     {"overflow_difference", [] { overflow_difference<<<1, N>>>((int*)zeros(N), 1 << 30); }},
     {"local_past_end", [] { local_past_end<<<1, N>>>(zeros(N), 1); }},
     {"local_in_helper", [] { local_in_helper<<<1, N>>>(zeros(N), 8); }},
-    {"local_vector", [] { local_vector<<<1, N>>>(zeros(N), 4); }},
+    {"local_vector", [] { local_vector<<<1, N>>>(zeros(N), 5); }},
     {"last_block", [] { last_block<<<BLOCKS, N>>>(fresh(BLOCKS * N), fresh(N), counters()); }},
     {"all_fence", [] { all_fence<<<BLOCKS, N>>>(fresh(BLOCKS * N), zeros(N), counters()); }},
     {"specialised", [] { specialised<<<2, N>>>(zeros(N)); }},

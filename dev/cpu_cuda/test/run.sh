@@ -34,6 +34,7 @@ build() {
 }
 
 count test_rewrite python3 test_rewrite.py
+count profile python3 profile.py
 for source in test_*.cu; do
     name=$(basename "$source" .cu)
     build "$source" plain
