@@ -630,10 +630,10 @@ static double processor_seconds() {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// Every few thousand turns. Half a second of nothing else makes a worker stuck; it is reported after another half second in which
+// Every few thousand turns. A while of nothing else makes a worker stuck; it is reported after another in which
 // all workers were, so that each has seen what the others wrote last.
 static void look_stuck(Worker* w) {
-    const double patience = 0.5;
+    const double patience = 0.3;
     double now = processor_seconds();
     if (!w->spinning_since) w->spinning_since = now;
     if (w->stuck && w->grid->busy > 0) {
@@ -654,6 +654,8 @@ static void look_stuck(Worker* w) {
 void spin_wait(Place here) {
     if (!current) return;
     Worker* w = worker;
+    current->wait = SPINNING;
+    current->place = here;
     if (w->spins++ == 0) w->spinning_since = 0;
     if (w->spins % 4096 == 0) look_stuck(w);
     make_ready(w, current);
