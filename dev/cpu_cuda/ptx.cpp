@@ -121,9 +121,12 @@ void copy_async(Place here, uint32_t to, const void* from, int size, unsigned by
         stop(here, "cp.async: %s %p is not a multiple of %d", to % size ? "the destination's address" : "the source",
              to % size ? (void*)(uintptr_t)to : from, size);
     void* destination = shared_pointer(to, size, here);
-    current->place = here;                              // where a fault of the source is reported
-    if (bytes) (void)*(const volatile char*)from;
-    if (checking && bytes) check::access(from, bytes, check::READ, here);
+    const Allocation* source = find_allocation(from);
+    if (bytes && checking) check::access(from, bytes, check::READ, here);
+    bool inside = source && (const char*)from + bytes <= source->base + source->size;
+    if (bytes && !inside && may_be_device_pointer(from))
+        stop(here, "out of bounds: cp.async reads %u bytes from %s", bytes, describe(from).c_str());
+    if (bytes) (void)*(const volatile char*)from;       // a fault is reported here, not at the wait
     if (checking) check::copy_begins(destination, size, here);
     memset(destination, 0xff, size);
     if (current->block->copies.empty()) current->block->copies.resize(current->block->threads);
