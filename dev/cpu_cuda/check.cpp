@@ -1,18 +1,20 @@
 // check.cpp: races, uninitialised reads and bounds. Only in a check build.
 //
-// The compiler's -fsanitize=thread calls __tsan_read4(address) and its like before each access of the user's code. Its library
-// is not linked; these functions are here, with CUDA's rules of what orders two accesses:
+// The compiler's -fsanitize=thread calls __tsan_read4(address) and its like before each access of the user's
+// code. Its library is not linked; those functions are here, with CUDA's rules of what orders two accesses:
 //
-//     the same thread; a barrier, for the threads that met; __syncwarp, for its lanes; a grid's barrier; launches
-//     between blocks: an atomic or volatile write passes on what its thread had made visible by its last __threadfence, to
-//     those that read it by an atomic or volatile access; from there barriers pass it on
+//     within a block    the same thread; a barrier, the threads that met; __syncwarp, its lanes
+//     between blocks    launches, and a grid's barrier; and an atomic or volatile write passes on what its
+//                       thread had made visible by its last __threadfence, to an atomic or volatile read
 //
-// One worker thread runs everything, so a counter of ordering events is a clock for all. An access is known by its time and
-// thread, and what a thread knows of another is a time: what that one did before it comes before what this one does now.
-// Mostly "met" times of a block and a warp say it; a Clock says it for the rest (a named barrier, part of a warp, a fence).
+// and what a thread learned so, barriers pass on. One worker thread runs everything, so a counter of ordering
+// events is a clock for all: an access is known by its time and thread, and what a thread knows of another is
+// a time, before which everything that one did comes before what this one does now. Mostly the times when a
+// block and a warp last met say it; a Clock says it for the rest (a named barrier, part of a warp, a fence).
 //
-// Shadow memory: for every 4 bytes of device, pinned, shared and static memory, which of them are valid and initialised, and
-// the last two writes and reads by different threads. (A third reader that is not ordered is forgotten: see README.md.)
+// Shadow memory holds, for every 4 bytes of device, pinned, shared and static memory, which of them are valid
+// and initialised, and the last two writes and reads by different threads: of three readers that nothing
+// orders, one is forgotten, and another order of threads (order=random:1) may show what this one hid.
 
 #include "runtime.h"
 
@@ -31,7 +33,7 @@ namespace {
 
 typedef uint32_t Time;
 
-// STRONG: atomic or volatile; such accesses do not race with one another. PENDING: a cp.async without its wait.
+// STRONG: atomic or volatile; these do not race with one another. PENDING: a cp.async without its wait.
 enum Kind { PLAIN, STRONG, PENDING };
 
 struct Record {
@@ -47,9 +49,9 @@ struct Cell {
 constexpr uintptr_t PAGE = 4096, WORDS = PAGE / 4;
 
 struct Page {
+    bool shared;
     uint8_t state[WORDS];               // a bit for each byte: valid (low half), initialised (high half)
     Cell cells[WORDS];
-    bool shared;
 };
 
 constexpr uint8_t VALID = 0x0F, INITIALISED = 0xF0;
@@ -64,6 +66,14 @@ Page*& page_entry(uintptr_t address) {
         table = (Page**)mmap(nullptr, sizeof(Page*) << 24, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return table[address >> 12 & 0xFFFFFF];
+}
+
+// Which of the 4 bytes at `word` are in [begin, end).
+unsigned bytes_inside(uintptr_t word, uintptr_t begin, uintptr_t end) {
+    unsigned mask = 0xF;
+    if (word < begin) mask &= 0xFu << (begin - word);
+    if (end - word < 4) mask &= 0xFu >> (4 - (end - word));
+    return mask;
 }
 
 Page* page_of(uintptr_t address) {
@@ -218,8 +228,8 @@ void some_of_block_met(BlockState* b, Thread* const* threads, size_t count) {
     b->learned = true;
 }
 
-// What the thread has made visible passes to `address` (a store forgets what others released there, a read-modify-write does
-// not), and what was released there to the thread.
+// What the thread has made visible passes to `address` (a store forgets what others released there, a
+// read-modify-write does not), and what was released there to the thread.
 void pass_on(uintptr_t address, bool reads, bool writes) {
     history[block->history].atomic = now;
     if (!fenced) return;
@@ -256,8 +266,7 @@ Place place_of(uint32_t where) {
     if (where & PLACE) return places[where & ~PLACE];
     void* call = &__executable_start + where - 1;
     Place found = user_line(&call, 1);
-    if (found.file) found.file = strdup(found.file);
-    return found;
+    return found.file ? found : Place{"unknown", 0};
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -271,7 +280,9 @@ struct Event {                          // an access that is being checked
     uint32_t where;
 };
 
-const char* verb_of(const Event& e) { return e.reads && e.writes ? "updates" : e.writes ? "writes" : "reads"; }
+const char* verb_of(const Event& e) {
+    return e.reads && e.writes ? "updates" : e.writes ? "writes" : "reads";
+}
 
 std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 std::string format(const char* text, ...) {
@@ -306,9 +317,9 @@ bool is_shared(uintptr_t address) {
 }
 
 std::string describe_any(uintptr_t address) {
-    if (is_shared(address)) return describe_shared((const char*)address);
-    if (find_allocation((const void*)address)) return describe((const void*)address);
-    return page_of(address) ? "a variable at global scope" : describe((const void*)address);
+    const void* p = (const void*)address;
+    if (is_shared(address)) return describe_shared((const char*)p);
+    return may_be_device_pointer(p) || !page_of(address) ? describe(p) : "a variable at global scope";
 }
 
 const char* memory_of(uintptr_t address) { return is_shared(address) ? "shared" : "global"; }
@@ -323,8 +334,9 @@ std::string other_side(const Record& r, const char* verb) {
     Place place = place_of(r.where);
     Size3 size = launched->block;
     uint3 block_index = history_of(r).index;
-    return format("\n    block (%u,%u,%u), thread (%u,%u,%u) %s there at %s:%d", block_index.x, block_index.y, block_index.z,
-                  r.thread % size.x, r.thread / size.x % size.y, r.thread / (size.x * size.y), verb, place.file, place.line);
+    return format("\n    block (%u,%u,%u), thread (%u,%u,%u) %s there at %s:%d", block_index.x, block_index.y,
+                  block_index.z, r.thread % size.x, r.thread / size.x % size.y, r.thread / (size.x * size.y),
+                  verb, place.file, place.line);
 }
 
 // What the two sides lack.
@@ -333,29 +345,35 @@ std::string advice(const Record& r) {
     if (&theirs == &history[block->history])
         return r.thread / WARP == acting->number / WARP ? "no __syncwarp or __syncthreads orders the two"
                                                         : "no barrier orders the two";
-    if (theirs.atomic < r.time || history[block->history].atomic < theirs.atomic) return "nothing orders blocks here";
-    if (theirs.fence < r.time) return "an atomic follows, but without a __threadfence before it nothing is passed on";
+    if (theirs.atomic < r.time || history[block->history].atomic < theirs.atomic)
+        return "nothing orders blocks here";
+    if (theirs.fence < r.time)
+        return "an atomic follows, but without a __threadfence before it nothing is passed on";
     return "a __threadfence and an atomic follow, but no barrier orders this access before that fence";
 }
 
 [[noreturn]] void report_race(const Event& e, const Record& r, bool other_writes) {
-    const char* among = &history_of(r) != &history[block->history]          ? "blocks"
-                        : r.thread / WARP != acting->number / WARP ? "warps of a block"
-                                                                   : "lanes of a warp";
-    const char* order = !e.writes ? "read after write" : other_writes ? "write after write" : "write after read";
-    std::string other = other_side(r, other_writes ? r.kind == STRONG ? "atomic or volatile, wrote" : "wrote" : "read");
-    stop(place_of(e.where), "race between %s in %s memory, %s: this thread %s %zu bytes at %s%s\n    %s", among,
-         memory_of(e.address), order, verb_of(e), e.size, describe_any(e.address).c_str(), other.c_str(), advice(r).c_str());
+    bool same_block = &history_of(r) == &history[block->history];
+    bool same_warp = same_block && r.thread / WARP == acting->number / WARP;
+    const char* among = same_warp ? "lanes of a warp" : same_block ? "warps of a block" : "blocks";
+    const char* order = !e.writes      ? "read after write"
+                        : other_writes ? "write after write"
+                                       : "write after read";
+    std::string other =
+        other_side(r, other_writes ? r.kind == STRONG ? "atomic or volatile, wrote" : "wrote" : "read");
+    stop(place_of(e.where), "race between %s in %s memory, %s: this thread %s %zu bytes at %s%s\n    %s",
+         among, memory_of(e.address), order, verb_of(e), e.size, describe_any(e.address).c_str(),
+         other.c_str(), advice(r).c_str());
 }
 
 [[noreturn]] void report_pending(const Event& e, const Record& r) {
     std::string other = other_side(r, "issued it");
-    stop(place_of(e.where), "cp.async not waited for: this thread %s %zu bytes at %s, under way to it%s", verb_of(e), e.size,
-         describe_any(e.address).c_str(), other.c_str());
+    stop(place_of(e.where), "cp.async not waited for: this thread %s %zu bytes at %s, under way to it%s",
+         verb_of(e), e.size, describe_any(e.address).c_str(), other.c_str());
 }
 
-// A read of what nobody wrote yet. If that is only because the writer comes later, unordered, then its write is about to be
-// reported as a race, which says more; so this waits for the block's next barrier or end.
+// A read of what nobody wrote yet. If that is only because the writer comes later, unordered, then its write
+// is about to be reported as a race, which says more; so this waits for the block's next barrier or end.
 struct {
     Thread* thread;                     // null: there is none
     Event event;
@@ -366,23 +384,22 @@ void report_unwritten() {
     if (!unwritten.thread) return;
     const Event& e = unwritten.event;
     current = unwritten.thread;
-    stop(place_of(e.where), "uninitialised read of %zu bytes of %s memory: nobody wrote %s", e.size, memory_of(e.address),
-         describe_any(unwritten.byte).c_str());
+    stop(place_of(e.where), "uninitialised read of %zu bytes of %s memory: nobody wrote %s", e.size,
+         memory_of(e.address), describe_any(unwritten.byte).c_str());
 }
 
 [[noreturn]] void report_bounds(const Event& e, uintptr_t byte) {
     report_unwritten();
-    stop(place_of(e.where), "out of bounds: kernel %s %zu bytes of %s memory, %s", verb_of(e), e.size, memory_of(byte),
-         describe_any(byte).c_str());
+    stop(place_of(e.where), "out of bounds: kernel %s %zu bytes of %s memory, %s", verb_of(e), e.size,
+         memory_of(byte), describe_any(byte).c_str());
 }
 
 // ------------------------------------------------------------------------------------------------
 // One access
 
-uintptr_t thread_local_begin, thread_local_end;         // of this worker
+uintptr_t thread_local_begin, thread_local_size;        // of the thread that launches
 
 bool is_private(uintptr_t address) {
-    if (address >= thread_local_begin && address < thread_local_end) return true;
     uintptr_t arguments = (uintptr_t)launched->arguments, operation = (uintptr_t)current->warp;
     return address - arguments < launched->arguments_size || address - operation < sizeof(Warp);
 }
@@ -399,13 +416,17 @@ void check_unknown(const Event& e) {
     stop(place_of(e.where), "kernel %s host memory: %zu bytes at %p", verb_of(e), e.size, p);
 }
 
-// `fresh` takes the place of what it makes needless: an access that comes before it, and so before all that it comes before.
+// `fresh` takes the place of what it makes needless: an access that comes before it, and so before all that
+// it comes before.
 void remember(Record* two, const Record& fresh, Time floor) {
     for (int i = 0; i < 2; i++) {
         if (two[i].time < floor) two[i].mask = 0;
         if (two[i].mask & fresh.mask && is_before(two[i], floor)) two[i].mask &= ~fresh.mask;
     }
-    int i = !two[0].mask ? 0 : !two[1].mask || two[1].mask & fresh.mask ? 1 : two[0].mask & fresh.mask ? 0 : 1;
+    int i = !two[0].mask                               ? 0
+            : !two[1].mask || two[1].mask & fresh.mask ? 1
+            : two[0].mask & fresh.mask                 ? 0
+                                                       : 1;
     two[i] = fresh;
 }
 
@@ -418,27 +439,27 @@ void check_cell(Cell& cell, const Event& e, unsigned mask, Time floor) {
     for (const Record& r : cell.reads)
         if (e.writes && r.mask & mask && !(r.kind == STRONG && e.kind == STRONG) && !is_before(r, floor))
             report_race(e, r, false);
-    Record fresh = {now, e.where, block->slot & 0xFFFF, acting->number & 0x3FFu, mask & 0xF, (unsigned)e.kind & 3};
+    Record fresh = {
+        now, e.where, block->slot & 0xFFFF, acting->number & 0x3FFu, mask & 0xF, (unsigned)e.kind & 3};
     remember(e.writes ? cell.writes : cell.reads, fresh, floor);
     for (Record& r : cell.reads)
         if (e.writes && r.mask & mask && is_before(r, floor)) r.mask &= ~mask;
 }
 
 void check_access(const Event& e) {
+    if (e.address - thread_local_begin < thread_local_size) return;     // threadIdx and its like
     find_actor();
     uintptr_t end = e.address + e.size;
     for (uintptr_t word = e.address & ~(uintptr_t)3; word < end; word += 4) {
         Page* page = page_of(word);
         if (!page) check_unknown(e);
         if (!page || page == OPEN) return;
-        unsigned mask = 0xF;
-        if (word < e.address) mask &= 0xFu << (e.address - word);
-        if (end - word < 4) mask &= 0xFu >> (4 - (end - word));
         uintptr_t i = word % PAGE / 4;
-        unsigned state = page->state[i];
+        unsigned mask = bytes_inside(word, e.address, end), state = page->state[i];
         if (mask & ~state) report_bounds(e, word + (unsigned)__builtin_ctz(mask & ~state));
         unsigned fresh = mask & ~(state >> 4);
-        if (e.reads && fresh && !unwritten.thread) unwritten = {current, e, word + (unsigned)__builtin_ctz(fresh)};
+        if (e.reads && fresh && !unwritten.thread)
+            unwritten = {current, e, word + (unsigned)__builtin_ctz(fresh)};
         if (e.writes) page->state[i] |= (uint8_t)(mask << 4);
         check_cell(page->cells[i], e, mask, page->shared ? block->begins : ordered_until);
     }
@@ -460,7 +481,7 @@ void make_shadow(uintptr_t p, size_t size, bool shared) {
     for (uintptr_t i = 0; i < pages; i++) {
         Page*& entry = page_entry(first + i * PAGE);
         entry = (Page*)memory + i;
-        entry->shared = shared;
+        if (shared) entry->shared = true;
     }
 }
 
@@ -470,42 +491,40 @@ void drop_shadow(uintptr_t p, size_t size) {
     for (uintptr_t i = 0; i < pages; i++) page_entry(first + i * PAGE) = nullptr;
 }
 
-// Calls change(state, bits) for each word of [p, p + size), bits for those of its bytes that are inside, in both halves.
+// Calls change(state, bits) for each word of [p, p + size), bits for those of its bytes that are inside, in
+// both halves.
 template <class Change>
 void each_state(uintptr_t p, size_t size, Change change) {
     uintptr_t end = p + size;
     for (uintptr_t word = p & ~(uintptr_t)3; word < end; word += 4) {
         Page* page = page_of(word);
         if (!page || page == OPEN) continue;
-        unsigned mask = 0xF;
-        if (word < p) mask &= 0xFu << (p - word);
-        if (end - word < 4) mask &= 0xFu >> (4 - (end - word));
+        unsigned mask = bytes_inside(word, p, end);
         change(page->state[word % PAGE / 4], (uint8_t)(mask | mask << 4));
     }
 }
 
 // The program's own memory: constants may be read by all; __device__ and __constant__ variables are watched.
-int watch_image(dl_phdr_info* info, size_t, void*) {
-    for (int i = 0; i < info->dlpi_phnum; i++) {
-        const ElfW(Phdr)& part = info->dlpi_phdr[i];
-        uintptr_t begin = info->dlpi_addr + part.p_vaddr, size = part.p_memsz;
-        if (part.p_type != PT_LOAD) continue;
-        if (part.p_flags & PF_W) {
-            make_shadow(begin, size, false);
-            each_state(begin & ~(PAGE - 1), size + PAGE, [](uint8_t& state, uint8_t) { state = VALID | INITIALISED; });
-        } else {
-            for (uintptr_t p = begin & ~(PAGE - 1); p < begin + size; p += PAGE) page_entry(p) = OPEN;
-        }
-    }
-    return 1;                           // the program is the first; libraries are not instrumented
+void watch_segment(uintptr_t begin, size_t size, bool writable) {
+    uintptr_t first = begin & ~(PAGE - 1);
+    for (uintptr_t p = first; !writable && p < begin + size; p += PAGE) page_entry(p) = OPEN;
+    if (!writable) return;
+    make_shadow(begin, size, false);
+    each_state(first, begin + size - first, [](uint8_t& state, uint8_t) { state = VALID | INITIALISED; });
 }
 
-int find_thread_locals(dl_phdr_info* info, size_t, void*) {
-    for (int i = 0; i < info->dlpi_phnum; i++)
-        if (info->dlpi_phdr[i].p_type == PT_TLS) {
-            thread_local_begin = (uintptr_t)info->dlpi_tls_data;
-            thread_local_end = thread_local_begin + info->dlpi_phdr[i].p_memsz;
-        }
+// The program is the first of the images; libraries are not instrumented.
+int watch_program(dl_phdr_info* info, size_t, void*) {
+    static bool watched = false;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        const ElfW(Phdr)& part = info->dlpi_phdr[i];
+        if (part.p_type == PT_LOAD && !watched)
+            watch_segment(info->dlpi_addr + part.p_vaddr, part.p_memsz, part.p_flags & PF_W);
+        if (part.p_type != PT_TLS) continue;
+        thread_local_begin = (uintptr_t)info->dlpi_tls_data;
+        thread_local_size = part.p_memsz;
+    }
+    watched = true;
     return 1;
 }
 
@@ -517,11 +536,9 @@ int find_thread_locals(dl_phdr_info* info, size_t, void*) {
 namespace check {
 
 void launch_begins(const Launch& launch) {
-    static bool watched = false;
-    if (!watched) dl_iterate_phdr(watch_image, nullptr);
-    watched = true;
-    dl_iterate_phdr(find_thread_locals, nullptr);
-    if (now > ~(Time)0 / 4 * 3) stop(launch.place, "too long a run: the clock of the checks is about to overflow");
+    dl_iterate_phdr(watch_program, nullptr);
+    if (now > ~(Time)0 / 4 * 3)
+        stop(launch.place, "too long a run: the clock of the checks is about to overflow");
     launched = &launch;
     ordered_until = ++now;
     history.clear();
@@ -607,14 +624,15 @@ void fence() {
 
 void allocated(const void* p, size_t size, MemoryKind kind) {
     make_shadow((uintptr_t)p, size, false);
-    uint8_t half = kind == DEVICE ? VALID : VALID | INITIALISED;     // the host may have written pinned memory
+    uint8_t half = kind == DEVICE ? VALID : VALID | INITIALISED; // the host may have written pinned memory
     each_state((uintptr_t)p, size, [half](uint8_t& state, uint8_t bits) { state |= bits & half; });
 }
 
 void freed(const void* p, size_t size) { drop_shadow((uintptr_t)p, size); }
 
 void shared_begins(const void* p, size_t size) {
-    each_state((uintptr_t)p, size, [](uint8_t& state, uint8_t bits) { state = (state & ~bits) | (bits & VALID); });
+    each_state((uintptr_t)p, size,
+               [](uint8_t& state, uint8_t bits) { state = (state & ~bits) | (bits & VALID); });
 }
 
 void initialised(const void* p, size_t size) {
@@ -679,19 +697,22 @@ void count_matrix_instruction() {
 
 using namespace cpu_cuda;
 
-static inline __attribute__((always_inline)) void saw(const volatile void* p, size_t size, bool writes, const void* caller) {
+static inline __attribute__((always_inline)) void saw(const volatile void* p, size_t size, bool writes,
+                                                      const void* caller) {
     if (current) check_access({(uintptr_t)p, size, !writes, writes, PLAIN, where_of(caller)});
 }
 
 // Of an access that the compiler knows to be aligned (clang: of 16 bytes, to 8 at least).
-static inline __attribute__((always_inline)) void saw_aligned(void* p, size_t size, bool writes, const void* caller) {
+static inline __attribute__((always_inline)) void saw_aligned(void* p, size_t size, bool writes,
+                                                              const void* caller) {
 #ifdef __clang__
     size_t alignment = size < 8 ? size : 8;
 #else
     size_t alignment = size;
 #endif
     if (current && (uintptr_t)p % alignment)
-        stop(place_of(where_of(caller)), "misaligned address: kernel %s %zu bytes at %p", writes ? "writes" : "reads", size, p);
+        stop(place_of(where_of(caller)), "misaligned address: kernel %s %zu bytes at %p",
+             writes ? "writes" : "reads", size, p);
     saw(p, size, writes, caller);
 }
 
@@ -713,14 +734,16 @@ static void saw_volatile(const volatile void* p, size_t size, bool writes, const
     void __tsan_unaligned_volatile_write##size(void* p) { saw_volatile(p, size, true, CALLER); }
 
 // Atomic operations reach the checks through atomic_access; here they are only done.
-#define ATOMICS(bits, Type)                                                                                       \
-    Type __tsan_atomic##bits##_load(const volatile Type* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } \
-    int __tsan_atomic##bits##_compare_exchange_strong(volatile Type* p, Type* old, Type value, int, int) {        \
-        return __atomic_compare_exchange_n(p, old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);             \
-    }                                                                                                             \
-    Type __tsan_atomic##bits##_compare_exchange_val(volatile Type* p, Type old, Type value, int, int) {           \
-        __atomic_compare_exchange_n(p, &old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                   \
-        return old;                                                                                               \
+#define ATOMICS(bits, Type)                                                                                  \
+    Type __tsan_atomic##bits##_load(const volatile Type* p, int) {                                           \
+        return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                         \
+    }                                                                                                        \
+    int __tsan_atomic##bits##_compare_exchange_strong(volatile Type* p, Type* old, Type value, int, int) {   \
+        return __atomic_compare_exchange_n(p, old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);        \
+    }                                                                                                        \
+    Type __tsan_atomic##bits##_compare_exchange_val(volatile Type* p, Type old, Type value, int, int) {      \
+        __atomic_compare_exchange_n(p, &old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);              \
+        return old;                                                                                          \
     }
 
 extern "C" {

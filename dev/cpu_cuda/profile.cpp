@@ -1,9 +1,9 @@
 // profile.cpp: what kernels ask of memory. Only in a check build, under CPU_CUDA=profile.
 //
-// A GPU serves a warp's access as one request. Here lanes run one after the other, so the k-th time that each lane comes to
-// an instruction since the warp last met belongs together; a request is counted when all live lanes are in it, when the warp
-// meets at a barrier, or at the block's end. A thread's own memory (registers, stack) takes no part, and volatile accesses
-// and atomics are outside the requests.
+// A GPU serves a warp's access as one request. Here lanes run one after the other, so the k-th time that each
+// lane comes to an instruction since the warp last met belongs together; a request is counted when all live
+// lanes are in it, when the warp meets at a barrier, or at the block's end. A thread's own memory (registers,
+// stack) takes no part, and volatile accesses and atomics are outside the requests.
 
 #include "runtime.h"
 
@@ -34,7 +34,8 @@ struct Instruction {                    // of a warp
     std::deque<Request> open;           // the later ones
 };
 
-typedef std::map<uint64_t, Instruction> Instructions;   // by where, and the lowest bits: is it a write, and shared
+typedef std::map<uint64_t, Instruction>
+    Instructions; // by where, and the lowest bits: is it a write, and shared
 
 constexpr uintptr_t PAGE = 4096, SECTOR = 32, BANKS = 32;
 
@@ -113,7 +114,8 @@ void join_request(uintptr_t address, uint32_t size, uint64_t key) {
     r.lanes |= 1u << lane;
     r.size = std::max(r.size, size);
     r.address[lane] = address;
-    while (!instruction.open.empty() && !(warp->live & ~instruction.open.front().lanes)) serve_first(key, &instruction);
+    while (!instruction.open.empty() && !(warp->live & ~instruction.open.front().lanes))
+        serve_first(key, &instruction);
 }
 
 void touch(uintptr_t address, size_t size, bool write) {
@@ -129,9 +131,10 @@ std::string pair_text(uint64_t a, uint64_t b) { return std::to_string(a) + "/" +
 void print_table() {
     const char* format = "%-24s %8s %17s %17s %15s %15s %8s %8s %8s %9s\n";
     fflush(stdout);
-    fprintf(stderr, "Bytes of global memory asked/distinct, sectors of 32 bytes and passes of shared memory asked/fewest:\n");
-    fprintf(stderr, format, "kernel", "launches", "read", "written", "sectors", "passes", "barriers", "atomics", "mma",
-            "cp.async");
+    fprintf(stderr, "Bytes of global memory asked/distinct, sectors of 32 bytes and passes of shared memory "
+                    "asked/fewest:\n");
+    fprintf(stderr, format, "kernel", "launches", "read", "written", "sectors", "passes", "barriers",
+            "atomics", "mma", "cp.async");
     for (const Row& r : rows())
         fprintf(stderr, format, r.kernel.c_str(), std::to_string(r.launches).c_str(),
                 pair_text(r.asked[0], r.distinct[0]).c_str(), pair_text(r.asked[1], r.distinct[1]).c_str(),
@@ -149,7 +152,8 @@ void launch_begins(const Launch& launch) {
     if (rows().empty()) atexit(print_table);
     auto same = [&](const Row& r) { return r.kernel == launch.kernel; };
     auto found = std::find_if(rows().begin(), rows().end(), same);
-    if (found == rows().end()) found = rows().insert(found, Row{launch.kernel, 0, {}, {}, 0, 0, 0, 0, 0, 0, 0, 0});
+    if (found == rows().end())
+        found = rows().insert(found, Row{launch.kernel, 0, {}, {}, 0, 0, 0, 0, 0, 0, 0, 0});
     row = &*found;
     row->launches++;
 }
@@ -177,7 +181,8 @@ void access(const void* p, size_t size, bool write, bool shared, uint32_t where)
     uintptr_t address = (uintptr_t)p;
     if (!shared) touch(address, size, write);
     uint64_t key = (uint64_t)where << 2 | (uint64_t)write << 1 | (uint64_t)shared;
-    for (size_t done = 0; done < size; done += 16) join_request(address + done, (uint32_t)std::min(size - done, (size_t)16), key);
+    for (size_t done = 0; done < size; done += 16)
+        join_request(address + done, (uint32_t)std::min(size - done, (size_t)16), key);
 }
 
 void copy(const void* to, size_t size, uint32_t where) {

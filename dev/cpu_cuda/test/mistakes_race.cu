@@ -1,4 +1,4 @@
-// mistakes_race.cu: races, uninitialised reads, bounds, misalignment; and correct kernels that look like mistakes.
+// mistakes_race.cu: races, uninitialised reads, bounds, alignment; and correct kernels that look like it.
 
 #include "test.h"
 
@@ -22,9 +22,9 @@ static float* zeros(int count) {
 }
 
 template <class... Parameters, class... Arguments>
-static void launch_cooperative(void (*kernel)(Parameters...), int blocks, int threads, Arguments... arguments) {
+static void launch_cooperative(void (*kernel)(Parameters...), Arguments... arguments) {
     void* pointers[] = {&arguments...};
-    OK(cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), pointers, 0, 0));
+    OK(cudaLaunchCooperativeKernel(kernel, dim3(BLOCKS), dim3(N), pointers, 0, 0));
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -166,12 +166,15 @@ __device__ void last_block_sum(float* parts, float* sum, unsigned* done, bool fe
     if (threadIdx.x == 0) last = atomicAdd(done, 1) == gridDim.x - 1;
     __syncthreads();
     float total = 0;
-    for (int b = 0; last && b < (int)gridDim.x; b++) total += parts[b * N + threadIdx.x];       // HERE no_fence no_barrier_before_atomic
+    for (int b = 0; last && b < (int)gridDim.x; b++)
+        total += parts[b * N + threadIdx.x];    // HERE no_fence no_barrier_before_atomic
     if (last) sum[threadIdx.x] = total;
 }
 
 // CASE no_fence check: without a __threadfence before it
-__global__ void no_fence(float* parts, float* sum, unsigned* done) { last_block_sum(parts, sum, done, false, true); }
+__global__ void no_fence(float* parts, float* sum, unsigned* done) {
+    last_block_sum(parts, sum, done, false, true);
+}
 
 // CASE no_barrier_before_atomic check: no barrier orders this access before that fence
 __global__ void no_barrier_before_atomic(float* parts, float* sum, unsigned* done) {
@@ -195,7 +198,8 @@ __global__ void flag_no_fence(float* value, volatile int* flag) {
 
 __device__ void copy_16(float* to, const float* from) {
     unsigned address = (unsigned)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");     // HERE async_no_wait async_wait_for_older
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"    // HERE async_no_wait async_wait_for_older
+                 ::"r"(address), "l"(from) : "memory");
 }
 __device__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -377,7 +381,7 @@ __global__ void overflow_sum(int* out, int step) {
 
 // CASE overflow_difference address: signed integer overflow
 __global__ void overflow_difference(int* out, int step) {
-    if (threadIdx.x >= 40) out[threadIdx.x] = -step - (int)threadIdx.x - step;          // HERE overflow_difference
+    if (threadIdx.x >= 40) out[threadIdx.x] = -step - (int)threadIdx.x - step;  // HERE overflow_difference
 }
 
 // CASE local_past_end address: index 8 out of bounds
@@ -413,7 +417,9 @@ __global__ void local_vector(float* out, int count) {
 // Correct
 
 // CASE last_block plain,check,order: clean
-__global__ void last_block(float* parts, float* sum, unsigned* done) { last_block_sum(parts, sum, done, true, true); }
+__global__ void last_block(float* parts, float* sum, unsigned* done) {
+    last_block_sum(parts, sum, done, true, true);
+}
 
 // CASE all_fence plain,check: clean
 __global__ void all_fence(float* parts, float* sum, unsigned* done) {
@@ -563,7 +569,7 @@ static const Case cases[] = {
     {"no_fence", [] { no_fence<<<BLOCKS, N>>>(fresh(BLOCKS * N), fresh(N), counters()); }},
     {"no_barrier_before_atomic",
      [] { no_barrier_before_atomic<<<BLOCKS, N>>>(fresh(BLOCKS * N), fresh(N), counters()); }},
-    {"flag_no_fence", [] { launch_cooperative(flag_no_fence, BLOCKS, N, zeros(2), (volatile int*)zeros(1)); }},
+    {"flag_no_fence", [] { launch_cooperative(flag_no_fence, zeros(2), (volatile int*)zeros(1)); }},
     {"async_no_wait", [] { async_no_wait<<<1, N>>>(zeros(4 * N)); }},
     {"async_wait_for_older", [] { async_wait_for_older<<<1, N>>>(zeros(4 * N)); }},
     {"async_no_barrier", [] { async_no_barrier<<<1, N>>>(zeros(4 * N), zeros(N)); }},
@@ -595,12 +601,12 @@ static const Case cases[] = {
     {"specialised", [] { specialised<<<2, N>>>(zeros(N)); }},
     {"specialised_block", [] { specialised_block<<<1, N>>>(zeros(N)); }},
     {"pipeline", [] { pipeline<<<1, N>>>(zeros(4 * N), zeros(N)); }},
-    {"grid_sum", [] { launch_cooperative(grid_sum, BLOCKS, N, fresh(BLOCKS * N), fresh(BLOCKS * N)); }},
+    {"grid_sum", [] { launch_cooperative(grid_sum, fresh(BLOCKS * N), fresh(BLOCKS * N)); }},
     {"reuse", [] { reuse<<<1, N, N * sizeof(float)>>>(zeros(N)); }},
     {"warp_sum", [] { warp_sum<<<1, 48>>>(zeros(N)); }},
     {"halves", [] { halves<<<1, N>>>((__nv_bfloat16*)fresh(N)); }},
-    {"look_back", [] { launch_cooperative(look_back, BLOCKS, N, fresh(BLOCKS * N), (volatile int*)zeros(BLOCKS)); }},
-    {"ticket", [] { launch_cooperative(ticket, BLOCKS, N, zeros(1), counters()); }},
+    {"look_back", [] { launch_cooperative(look_back, fresh(BLOCKS * N), (volatile int*)zeros(BLOCKS)); }},
+    {"ticket", [] { launch_cooperative(ticket, zeros(1), counters()); }},
 };
 
 int main(int argc, char** argv) { return RUN_CASE(cases, argc, argv); }

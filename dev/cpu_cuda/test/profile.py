@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares the table of CPU_CUDA=profile with what the kernels of test_profile.cu say: lines `// PROFILE kernel: column value, ...`"""
+"""The table of CPU_CUDA=profile against lines `// PROFILE kernel: column value, ...` of its source."""
 import os
 import re
 import subprocess
@@ -17,7 +17,8 @@ ORDERS = ['forward', 'reverse', 'random:1']
 
 def read_rows(program, order):
     """{kernel: {column: value}} of a run."""
-    result = subprocess.run([program], env=dict(os.environ, CPU_CUDA='profile,order=' + order), capture_output=True, text=True)
+    environment = dict(os.environ, CPU_CUDA='profile,order=' + order)
+    result = subprocess.run([program], env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit('status %d\n%s%s' % (result.returncode, result.stdout, result.stderr))
     head, *lines = [line.split() for line in result.stderr.splitlines() if not line.endswith(':')]
@@ -29,8 +30,8 @@ def main():
         expectations = re.findall(r'^// PROFILE (\w+): (.*\S)', file.read(), re.M)
     with tempfile.TemporaryDirectory() as folder:
         program = os.path.join(folder, 'profile')
-        subprocess.run([os.path.join(HERE, '..', 'nvcc'), '--check', '-O1', SOURCE, '-o', program], check=True,
-                       env=dict(os.environ, CXX=COMPILER))
+        build = [os.path.join(HERE, '..', 'nvcc'), '--check', '-O1', SOURCE, '-o', program]
+        subprocess.run(build, check=True, env=dict(os.environ, CXX=COMPILER))
         runs = [(order, read_rows(program, order)) for order in ORDERS]
     passed = failed = 0
     for order, rows in runs:

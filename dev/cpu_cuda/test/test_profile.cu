@@ -1,4 +1,4 @@
-// test_profile.cu: kernels of known answers. Here they only run; profile.py compares the table that CPU_CUDA=profile prints.
+// test_profile.cu: kernels of known answers. Here they only run; profile.py reads the table that is printed.
 //
 //     // PROFILE kernel: column value, ...     what its row must hold, asked/distinct or asked/fewest
 
@@ -6,7 +6,7 @@
 
 static constexpr int N = 1024;
 
-// PROFILE copy: launches 2, read 8192/8192, written 8192/8192, sectors 512/512, passes 0/0, barriers 0, atomics 0, cp.async 0
+// PROFILE copy: launches 2, read 8192/8192, written 8192/8192, sectors 512/512, passes 0/0, barriers 0
 __global__ void copy(float* out, const float* in) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     out[i] = in[i];
@@ -53,7 +53,7 @@ __global__ void transpose(float* out, const float* in) { transpose_tile<32>(out,
 // PROFILE transpose_padded: read 4096/4096, sectors 256/256, passes 64/64, barriers 1
 __global__ void transpose_padded(float* out, const float* in) { transpose_tile<33>(out, in); }
 
-// Vectors of 8 and 16 bytes take two and four passes, without conflicts. With a stride of two vectors, twice that.
+// Vectors of 8 and 16 bytes take two and four passes without conflicts, twice that at a stride of two.
 // PROFILE shared_vectors: passes 16/12
 __global__ void shared_vectors(float* out) {
     __shared__ float2 pairs[32];
@@ -66,16 +66,18 @@ __global__ void shared_vectors(float* out) {
     *(float4*)(out + 4 * threadIdx.x) = make_float4(pair.x, pair.y, quad.x, quad.y);
 }
 
-// A tile of 32 rows of 64 bfloat16: cp.async fills it, ldmatrix reads the first 8 columns of all rows. Rows are 128 bytes
-// apart, the same 4 banks; with columns exchanged by row they are not.
+// A tile of 32 rows of 64 bfloat16: cp.async fills it, ldmatrix reads the first 8 columns of all rows.
+// Rows are 128 bytes apart, the same 4 banks; with columns exchanged by row they are not.
 template <bool swizzled>
 __device__ void matrix_tile(unsigned* out, const unsigned* in) {
     __shared__ __align__(16) unsigned tile[32][32];
     int lane = (int)threadIdx.x;
     for (int i = 0; i < 8; i++) {
         int row = i * 4 + lane / 8, column = lane % 8;
-        unsigned to = (unsigned)__cvta_generic_to_shared(&tile[row][4 * (swizzled ? column ^ row % 8 : column)]);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(in + row * 32 + column * 4) : "memory");
+        int place = swizzled ? column ^ row % 8 : column;
+        unsigned to = (unsigned)__cvta_generic_to_shared(&tile[row][4 * place]);
+        const unsigned* from = in + row * 32 + column * 4;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
@@ -94,7 +96,8 @@ __global__ void ldmatrix_swizzled(unsigned* out, const unsigned* in) { matrix_ti
 // PROFILE multiply: mma 8, atomics 1024, barriers 8
 __global__ void multiply(float* sum) {
     float d[4] = {1, 2, 3, 4};
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%4, %4}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %4, %4, %4}, {%4, %4}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(0u));
     for (int i = 0; i < 4; i++) atomicAdd(sum + i, d[i]);
