@@ -1,13 +1,16 @@
 // memory.cpp: device and pinned memory, copies, faults.
 //
-// One large range of addresses is reserved and no address in it is given out twice, so a freed one always faults:
+// One large range of addresses is reserved and none of them is given out twice, so a freed one always faults:
 //
-//     | slack | base .. base + size | slack < 256 | gap, at least 1 MB, never open | next allocation
-//     ^ page                                      ^ page
+//     | slack | base .. base + size | slack < 256 | gap, at least 2 MB, never open | next allocation
+//     ^ page                                      ^ huge page
 //
-// Pages of device memory are closed until device code touches them (DeviceCode in runtime.h); pinned ones are open.
-// Every byte starts as 0xFF, a NaN, and slack still is after each launch. In a build with AddressSanitizer memory is
-// malloc'ed instead, and that reports.
+// Pages of device memory are closed until device code touches them (DeviceCode in runtime.h); pinned ones are
+// open. Every byte starts as 0xFF, a NaN, and slack still is after each launch. In a build with
+// AddressSanitizer memory is malloc'ed instead, and that reports.
+//
+// Opening and closing costs by the page table entry. So an allocation of more than a huge page has only such
+// pages, and what lies before its base in the first of them is not protected.
 
 #include "runtime.h"
 
@@ -20,6 +23,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <memory>
@@ -31,7 +35,8 @@ namespace {
 
 typedef std::lock_guard<std::recursive_mutex> Lock;
 
-constexpr size_t PAGE = 4096, ALIGNMENT = 256, GAP = 1 << 20, RESERVED = (size_t)1 << 45, SIGNAL_STACK = 256 << 10;
+constexpr size_t PAGE = 4096, HUGE_PAGE = 2 << 20, ALIGNMENT = 256, GAP = HUGE_PAGE;
+constexpr size_t RESERVED = (size_t)1 << 45, SIGNAL_STACK = 256 << 10;
 constexpr int FRESH = 0xFF;
 
 struct Region : Allocation {
@@ -131,9 +136,10 @@ Place user_line(void* const* code, int count) {
     FILE* pipe = popen((command + " 2>/dev/null").c_str(), "r");
     while (pipe && !found.file && fgets(file, sizeof file, pipe)) {
         char* colon = strrchr(file, ':');
-        if (!colon || is_runtime(file)) continue;
+        int line = colon ? atoi(colon + 1) : 0;         // of code without line numbers: file:?
+        if (!line || is_runtime(file)) continue;
         *colon = 0;
-        found = {strdup(file), atoi(colon + 1)};        // never freed: the program ends with this report
+        found = {strdup(file), line};                   // never freed: the program ends with this report
     }
     if (pipe) pclose(pipe);
     return found;
@@ -145,9 +151,11 @@ std::string describe(const void* p) {
     snprintf(text, sizeof text, "address %p, in no allocation", p);
     if (!region) return text;
     ptrdiff_t offset = (const char*)p - region->base, over = (const char*)p - region->end();
-    const char* where = offset < 0 ? "bytes before" : over < 0 ? "bytes into" : "bytes past the end of";
-    snprintf(text, sizeof text, "%td %s a %s allocation of %zu bytes%s", offset < 0 ? -offset : over < 0 ? offset : over,
-             where, region->kind == DEVICE ? "device" : "pinned", region->size, region->live ? "" : " that was freed");
+    ptrdiff_t distance = offset < 0 ? -offset : over < 0 ? offset : over;
+    snprintf(text, sizeof text, "%td bytes %s a %s allocation of %zu bytes%s", distance,
+             offset < 0 ? "before" : over < 0 ? "into" : "past the end of",
+             region->kind == DEVICE ? "device" : "pinned", region->size,
+             region->live ? "" : " that was freed");
     return text;
 }
 
@@ -171,13 +179,14 @@ void on_fault(int, siginfo_t* info, void* context) {
     bool device = current || device_code_here, inside = region && region->holds(p);
     if (device && inside && region->live && region->kind == DEVICE) return open_region(region);
     Place place = line_from((void*)registers[REG_RIP]);
-    if (on_guard_page(p)) stop(place, "stack overflow: the thread's local variables need more than its stack");
+    if (on_guard_page(p)) stop(place, "stack overflow: the local variables need more than a thread's stack");
     const char* what = !region         ? "invalid address"
                        : !region->live ? "use after free"
                        : !inside       ? "out of bounds"
                                        : "host code touches device memory";
     bool write = registers[REG_ERR] & 2;                // the processor's page fault code
-    stop(place, "%s: %s %s %s", what, device ? "kernel" : "host code", write ? "writes" : "reads", describe(p).c_str());
+    stop(place, "%s: %s %s %s", what, device ? "kernel" : "host code", write ? "writes" : "reads",
+         describe(p).c_str());
 }
 
 // The handler runs on a stack of its own: a thread's may be what overflowed.
@@ -197,7 +206,7 @@ void catch_faults() {
 }
 
 bool is_fresh(const char* from, const char* to) {
-    return from == to || ((unsigned char)*from == FRESH && memcmp(from, from + 1, (size_t)(to - from) - 1) == 0);
+    return from == to || ((uint8_t)*from == FRESH && memcmp(from, from + 1, (size_t)(to - from) - 1) == 0);
 }
 
 }  // namespace
@@ -240,10 +249,12 @@ void use_memory(const void* p, size_t size, bool write, const char* what) {
 }
 
 void check_slack(const Launch& launch) {
-    for (Region* r = memory().open_regions; r; r = r->next_open)
-        if (!is_fresh(r->pages, r->base) || !is_fresh(r->end(), r->pages + r->pages_size))
-            stop(launch.place, "out of bounds: kernel %s wrote just outside a device allocation of %zu bytes",
-                 launch.kernel, r->size);
+    for (Region* r = memory().open_regions; r; r = r->next_open) {
+        const char* front = std::max(r->pages, r->base - PAGE);
+        if (is_fresh(front, r->base) && is_fresh(r->end(), r->pages + r->pages_size)) continue;
+        stop(launch.place, "out of bounds: kernel %s wrote just outside a device allocation of %zu bytes",
+             launch.kernel, r->size);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -255,7 +266,7 @@ bool reserve() {
     Memory& m = memory();
     void* all = mmap(nullptr, RESERVED, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (all == MAP_FAILED) return false;
-    m.next = (char*)all + GAP;
+    m.next = (char*)round_up((size_t)all + GAP, HUGE_PAGE);
     m.end = (char*)all + RESERVED;
     return true;
 }
@@ -269,15 +280,18 @@ bool find_place(Region* region) {
         return true;
     }
     Memory& m = memory();
-    size_t body = round_up(region->size, ALIGNMENT), pages = round_up(body, PAGE);
-    size_t distance = pages + round_up(region->size + GAP, PAGE);
-    if ((!m.end && !reserve()) || region->size > RESERVED || distance > (size_t)(m.end - m.next)) return false;
-    if (mprotect(m.next, pages, PROT_READ | PROT_WRITE) != 0) return false;
-    region->pages = (char*)memset(m.next, FRESH, pages);
+    size_t body = round_up(region->size, ALIGNMENT), distance = round_up(body, HUGE_PAGE);
+    size_t pages = body > HUGE_PAGE ? distance : round_up(body, PAGE);
+    if (region->size > RESERVED || (!m.end && !reserve())) return false;
+    if (2 * distance + GAP > (size_t)(m.end - m.next)) return false;
+    char* at = m.next + distance - pages;
+    if (mprotect(at, pages, PROT_READ | PROT_WRITE) != 0) return false;
+    madvise(at, pages, MADV_HUGEPAGE);
+    region->pages = (char*)memset(at, FRESH, pages);
     region->pages_size = pages;
-    region->base = region->pages + pages - body;
-    if (region->kind == DEVICE) mprotect(region->pages, pages, PROT_NONE);
-    m.next += distance;
+    region->base = at + pages - body;
+    if (region->kind == DEVICE) mprotect(at, pages, PROT_NONE);
+    m.next += 2 * distance + GAP;
     return true;
 }
 
@@ -313,9 +327,12 @@ cudaError_t free_allocation(void* pointer, MemoryKind kind) {
     if (checking) check::freed(region->base, region->size);
     if (kind == DEVICE) memory().used -= region->size;
     region->live = false;
-    if (address_sanitizer) free(region->base);
-    // a new mapping over the pages gives them back
-    else mmap(region->pages, region->pages_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    if (address_sanitizer) {
+        free(region->base);
+    } else {
+        constexpr int anew = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+        mmap(region->pages, region->pages_size, PROT_NONE, anew, -1, 0);        // gives the pages back
+    }
     return cudaSuccess;
 }
 
@@ -424,7 +441,8 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind k
     return copy_rows({{to, size}, {from, size}, size, 1}, kind, 0, false);
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
     return copy_rows({{to, size}, {from, size}, size, 1}, kind, stream, true);
 }
 

@@ -1,8 +1,8 @@
 // streams.cpp: streams, events, launching, errors, devices.
 //
-// Without `lazy`, work runs when it is enqueued, so everything before it has run. Under `lazy` it waits in its stream, with the
-// work of other streams that must come first (of an event, or of the default stream), until something forces it. Then as
-// little as allowed runs, as late as allowed: a program that forgot to synchronise sees old data.
+// Without `lazy`, work runs when it is enqueued, so all before it has run. Under `lazy` it waits in its stream
+// until something forces it, and brings what must come first in other streams (an event, the default stream).
+// As little as allowed runs, as late as allowed: a program that forgot to synchronise sees old data.
 
 #include "runtime.h"
 
@@ -59,7 +59,7 @@ constexpr int DEVICES = 8, LEAST_PRIORITY = 0, GREATEST_PRIORITY = -5;
 constexpr int MAX_THREADS = 1024, MAX_BLOCK_Z = 64, MAX_GRID_X = 2147483647, MAX_GRID_YZ = 65535;
 constexpr size_t KB = 1024, SHARED_DEFAULT = 48 * KB, SHARED_RESERVED = KB;
 
-// Destroyed handles leave the sets, but their objects stay: no later handle can equal one, and work may still wait in them.
+// Destroyed handles leave the sets, but the objects stay: no later handle equals one; work may wait in them.
 struct Streams {
     CUstream_st legacy;                 // the default stream
     std::set<CUstream_st*> handles;
@@ -132,7 +132,9 @@ void force(Dependency point) {
 void force_all() {
     for (auto busy = busy_streams(); !busy.empty(); busy = busy_streams()) {
         // Most unlike the order of issue: the stream whose turn came last goes first.
-        auto later = [](CUstream_st* a, CUstream_st* b) { return a->waiting.front().issued < b->waiting.front().issued; };
+        auto later = [](const CUstream_st* a, const CUstream_st* b) {
+            return a->waiting.front().issued < b->waiting.front().issued;
+        };
         run_next(options().order == RANDOM ? busy[next_random((unsigned)busy.size())]
                                            : *std::max_element(busy.begin(), busy.end(), later));
     }
@@ -147,8 +149,8 @@ std::vector<Dependency> implied(CUstream_st* stream) {
     if (stream->flags & cudaStreamNonBlocking) return {};
     if (stream != &s.legacy) return {all_of(&s.legacy)};
     std::vector<Dependency> after;
-    for (auto& other : s.all)
-        if (!(other->flags & cudaStreamNonBlocking) && !other->waiting.empty()) after.push_back(all_of(other.get()));
+    for (CUstream_st* other : busy_streams())
+        if (other != stream && !(other->flags & cudaStreamNonBlocking)) after.push_back(all_of(other));
     return after;
 }
 
@@ -211,14 +213,15 @@ cudaError_t error_of(const Launch& launch) {
     if (!shared_is_allowed(launch)) return cudaErrorInvalidValue;
     if (!launch.cooperative) return cudaSuccess;
     int threads = (int)(launch.block.x * launch.block.y * launch.block.z);
-    unsigned long long resident = (unsigned)(blocks_per_multiprocessor(threads, launch.shared) * options().sms);
+    int resident = blocks_per_multiprocessor(threads, launch.shared) * options().sms;
     unsigned long long blocks = (unsigned long long)launch.grid.x * launch.grid.y * launch.grid.z;
-    return blocks > resident ? cudaErrorCooperativeLaunchTooLarge : cudaSuccess;
+    return blocks > (unsigned)resident ? cudaErrorCooperativeLaunchTooLarge : cudaSuccess;
 }
 
 void check_pointer(const Launch& launch, int position, const void* value) {
     if (!value || may_be_device_pointer(value)) return;
-    stop(launch.place, "host pointer %p passed to kernel %s as argument %d", value, launch.kernel, position + 1);
+    stop(launch.place, "host pointer %p passed to kernel %s as argument %d", value, launch.kernel,
+         position + 1);
 }
 
 }  // namespace
@@ -261,14 +264,16 @@ cudaError_t set_attribute(const char* text, cudaFuncAttribute attribute, int val
     Lock lock(runtime_lock());
     if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout)
         return remember(value < -1 || value > 100 ? cudaErrorInvalidValue : cudaSuccess);
-    bool valid = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value >= 0 && (size_t)value <= shared_optin();
-    if (valid) streams().dynamic_shared[kernel_name(text)] = value;
-    return remember(valid ? cudaSuccess : cudaErrorInvalidValue);
+    bool known = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (!known || value < 0 || (size_t)value > shared_optin()) return remember(cudaErrorInvalidValue);
+    streams().dynamic_shared[kernel_name(text)] = value;
+    return cudaSuccess;
 }
 
 cudaError_t occupancy(int* blocks, int threads, size_t shared) {
     if (!blocks || threads <= 0) return remember(cudaErrorInvalidValue);
-    *blocks = threads > MAX_THREADS || shared > shared_optin() ? 0 : blocks_per_multiprocessor(threads, shared);
+    bool fits = threads <= MAX_THREADS && shared <= shared_optin();
+    *blocks = fits ? blocks_per_multiprocessor(threads, shared) : 0;
     return cudaSuccess;
 }
 
@@ -404,7 +409,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, i
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, cudaStreamDefault, 0); }
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
     return cudaStreamCreateWithPriority(stream, flags, 0);
@@ -455,7 +460,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
     Lock lock(runtime_lock());
-    if (!event || flags & ~(unsigned)(cudaEventBlockingSync | cudaEventDisableTiming)) return remember(cudaErrorInvalidValue);
+    constexpr unsigned all = cudaEventBlockingSync | cudaEventDisableTiming;
+    if (!event || flags & ~all) return remember(cudaErrorInvalidValue);
     streams().all_events.push_back(std::make_unique<CUevent_st>());
     *event = streams().all_events.back().get();
     (*event)->flags = flags;
@@ -500,8 +506,8 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
     Lock lock(runtime_lock());
     if (!milliseconds) return remember(cudaErrorInvalidValue);
-    bool usable = find(start) && find(end) && start->record && end->record;
-    if (!usable || (start->flags | end->flags) & cudaEventDisableTiming) return remember(cudaErrorInvalidResourceHandle);
+    auto timed = [](cudaEvent_t e) { return find(e) && e->record && !(e->flags & cudaEventDisableTiming); };
+    if (!timed(start) || !timed(end)) return remember(cudaErrorInvalidResourceHandle);
     if (!start->record->done || !end->record->done) return remember(cudaErrorNotReady);
     const timespec &a = start->record->time, &b = end->record->time;
     *milliseconds = (float)((double)(b.tv_sec - a.tv_sec) * 1e3 + (double)(b.tv_nsec - a.tv_nsec) * 1e-6);

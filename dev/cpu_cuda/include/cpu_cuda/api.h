@@ -1,7 +1,7 @@
 // api.h: the CUDA runtime's host interface, with the names, values and signatures of CUDA 13's headers.
 //
-// What no file here calls is missing on purpose and fails to compile. To add a function, declare it here and write
-// it in memory.cpp or streams.cpp: check the arguments, enqueue() the work, return remember(error).
+// What no file here calls is missing on purpose and fails to compile. To add a function, declare it here and
+// write it in memory.cpp or streams.cpp: check the arguments, enqueue() the work, return remember(error).
 
 #pragma once
 
@@ -109,7 +109,8 @@ cudaError_t cudaFree(void* pointer);
 cudaError_t cudaFreeHost(void* pointer);
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
 cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind kind);
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream = 0);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,
+                            cudaStream_t stream = 0);
 cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
                          size_t height, cudaMemcpyKind kind);
 cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
@@ -162,12 +163,13 @@ cudaError_t set_attribute(const char* text, cudaFuncAttribute attribute, int val
 cudaError_t occupancy(int* blocks, int threads, size_t shared);
 
 template <class... P>
-cudaError_t launch_cooperative(const char* text, Place here, void (*kernel)(P...), dim3 g, dim3 b, void** arguments,
-                               size_t shared = 0, cudaStream_t stream = 0) {
+cudaError_t launch_cooperative(const char* text, Place here, void (*kernel)(P...), dim3 g, dim3 b,
+                               void** arguments, size_t shared = 0, cudaStream_t stream = 0) {
     typedef BoundKernel<void (*)(P...), std::decay_t<P>...> Bound;
     int i = 0;
     Bound* bound = new Bound{kernel, {*(std::decay_t<P>*)arguments[i++]...}};
-    return try_submit(new Launch{{g.x, g.y, g.z}, {b.x, b.y, b.z}, shared, stream, kernel_name(text), here, true,
+    const char* name = kernel_name(text);
+    return try_submit(new Launch{{g.x, g.y, g.z}, {b.x, b.y, b.z}, shared, stream, name, here, true,
                                  Bound::run, Bound::release, bound, sizeof *bound, Bound::each_pointer});
 }
 
@@ -184,6 +186,6 @@ cudaError_t set_attribute(const char* text, T*, cudaFuncAttribute attribute, int
 
 // Only threads and dynamic shared memory limit the number here, not registers.
 template <class T>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T* kernel, int threads, size_t shared) {
-    return (void)kernel, cpu_cuda::occupancy(blocks, threads, shared);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int threads, size_t shared) {
+    return cpu_cuda::occupancy(blocks, threads, shared);
 }
