@@ -1,12 +1,15 @@
-// nccl.h: collectives between the processes of one machine, names, values and signatures as in NCCL 2.28 but for `here`,
-// the line of the call. To add a call, declare it here and write it in nccl.cpp, where one table names them.
+// nccl.h: collectives between the processes of one machine. Names, values and signatures are NCCL 2.28's, but
+// for `here`, the line of the call. To add a call, declare it here and name it in the table of nccl.cpp.
 //
-// Where this is stricter than NCCL: a call runs in its stream as if all calls of a thread were in one stream; without `lazy` it
-// returns when it is done, and a send is done when its receiver has it. So ranks must make the calls of all their communicators in
-// the same order, and two sends that wait for one another belong into a group. Calls of different ranks that do not
-// belong together stop the run; a rank that is gone, or does not come in time (CPU_CUDA=timeout=S), is ncclRemoteError.
-// Where it is kinder: ranks may be threads of one process, which share its one device.
-// Where it differs: bf16 is summed in fp32 in the order of the ranks and rounded once; NCCL rounds each sum of two.
+// Stricter than NCCL: calls of different ranks that do not belong together stop the run. A rank that has
+// ended, or does not come in time (CPU_CUDA=timeout=S), is ncclRemoteError for the others, and their
+// buffers become NaN. All calls of a thread run in the order in which it makes them, without `lazy` before
+// they return, and a send ends when its receiver has it. So ranks make the calls of all their communicators
+// in the same order, two sends that wait for one another belong in a group, and a host waits for other
+// ranks' hosts only between calls.
+// Kinder: ranks may be threads of one process, with one device, and each its own stream (not under `lazy`).
+// Different: bf16 is summed in fp32, in the order of the ranks, and rounded once; NCCL rounds each sum of
+// two.
 
 #pragma once
 
@@ -76,12 +79,13 @@ ncclResult_t ncclAllReduce(const void* sendbuff, void* recvbuff, size_t count, n
                            ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream, CPU_CUDA_HERE);
 ncclResult_t ncclReduce(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype,
                         ncclRedOp_t op, int root, ncclComm_t comm, cudaStream_t stream, CPU_CUDA_HERE);
-ncclResult_t ncclReduceScatter(const void* sendbuff, void* recvbuff, size_t recvcount, ncclDataType_t datatype,
-                               ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream, CPU_CUDA_HERE);
+ncclResult_t ncclReduceScatter(const void* sendbuff, void* recvbuff, size_t recvcount,
+                               ncclDataType_t datatype, ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream,
+                               CPU_CUDA_HERE);
 ncclResult_t ncclAllGather(const void* sendbuff, void* recvbuff, size_t sendcount, ncclDataType_t datatype,
                            ncclComm_t comm, cudaStream_t stream, CPU_CUDA_HERE);
-ncclResult_t ncclBroadcast(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype, int root,
-                           ncclComm_t comm, cudaStream_t stream, CPU_CUDA_HERE);
+ncclResult_t ncclBroadcast(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype,
+                           int root, ncclComm_t comm, cudaStream_t stream, CPU_CUDA_HERE);
 ncclResult_t ncclSend(const void* sendbuff, size_t count, ncclDataType_t datatype, int peer, ncclComm_t comm,
                       cudaStream_t stream, CPU_CUDA_HERE);
 ncclResult_t ncclRecv(void* recvbuff, size_t count, ncclDataType_t datatype, int peer, ncclComm_t comm,
