@@ -1,7 +1,8 @@
-// fibers.cpp: runs a grid. Blocks are shared out to worker threads; the CUDA threads of a block are fibers of one worker.
+// fibers.cpp: runs a grid. Workers share its blocks; the CUDA threads of a block are fibers of one worker.
 //
-// A fiber is started only when a thread blocks. Until then one stack runs thread after thread, so a kernel without barriers is
-// a plain loop. A warp goes on as long as one of its lanes may run: its stacks are in the cache, and its lanes meet soon.
+// A fiber is started only when a thread blocks. Until then one stack runs thread after thread, so that a
+// kernel without barriers is a plain loop. A warp goes on as long as one of its lanes may run: its stacks are
+// in the cache.
 
 #include "runtime.h"
 
@@ -10,13 +11,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <memory>
 #include <numeric>
 #include <string>
 #include <thread>
@@ -24,7 +23,16 @@
 #if CPU_CUDA_ADDRESS
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#else
+static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+static void __sanitizer_finish_switch_fiber(void*, const void** bottom, size_t* size) {
+    if (bottom) *bottom = nullptr, *size = 0;
+}
+static void __asan_poison_memory_region(const void*, size_t) {}
+static void __asan_unpoison_memory_region(const void*, size_t) {}
 #endif
+// For frames that are left by a switch and never return.
+#define NO_ADDRESS __attribute__((no_sanitize("address")))
 
 // What kernels see as threadIdx, ...: the same symbols, which only this file may write.
 __thread uint3 thread_index __asm__("cpu_cuda_threadIdx");
@@ -37,12 +45,11 @@ namespace cpu_cuda {
 
 __thread Thread* current;
 
-namespace {
-
 constexpr size_t PAGE = 4096, STACK = address_sanitizer ? 256 << 10 : 64 << 10, STRIDE = STACK + PAGE;
 constexpr size_t MOST_STACKS = 32000;           // each costs the kernel two of its 65530 mappings
 constexpr size_t ARENA = 512 << 10;             // shared memory of a block, with room for gaps
 constexpr size_t STATIC_LIMIT = 48 << 10, SHARED_LIMIT = 227 << 10;
+constexpr unsigned PATIENCE = 8000000;          // spins after which a worker no longer counts as busy
 constexpr size_t SHARED_BASE = 1024;            // the 32-bit address of its first byte, so that 0 is none
 
 struct Grid {                                   // one launch, shared by the workers
@@ -59,7 +66,7 @@ struct Worker {
     std::vector<Thread> threads;                // of the resident blocks: one, or all of a cooperative launch
     std::vector<Warp> warps;
     std::vector<Block> blocks;
-    std::vector<uint64_t> ready;                // warps in which a lane may run, a bit each
+    std::vector<unsigned> ready;                // of each warp: lanes that may run
     unsigned turn = 0, live = 0;                // the warp that ran last; threads that have not exited
     Block* block = nullptr;                     // the one that blockIdx shows
     std::vector<Thread*> at_grid;               // at the grid's barrier
@@ -68,89 +75,52 @@ struct Worker {
     std::vector<int> free_stacks;
     int stack_count = 0;
     Thread* starting = nullptr;                 // what a new fiber runs first
-    void* home = nullptr;                       // the worker's own stack pointer
+    void* home = nullptr;                       // the worker's own stack: its pointer, its extent
+    const void* home_bottom = nullptr;
+    size_t home_size = 0;
     std::vector<char*> arenas;
 
     Order order = FORWARD;                      // the option's, close at hand
     unsigned random = 1, leave = 0;             // of 256 picks, this many leave the warp
-    unsigned long long spins = 0;               // spin_wait calls since anything else happened
-    bool stuck = false;
-    double spinning_since = 0;
-#if CPU_CUDA_ADDRESS
-    void* home_fake_stack = nullptr;
-    const void* home_bottom = nullptr;
-    size_t home_size = 0;
-#endif
+    unsigned spins = 0;                         // since anything else happened
 };
 
-__thread Worker* worker;
-
-}  // namespace
+static __thread Worker* worker;
 
 // ------------------------------------------------------------------------------------------------
 // Options
 
-static unsigned long number_option(const char* word, const char* value) {
-    char* end;
-    unsigned long number = strtoul(value, &end, 10);
-    if (!*value || *end) {
-        fprintf(stderr, "cpu_cuda: CPU_CUDA: found %s, expected a number in it\n", word);
-        exit(2);
-    }
-    return number;
-}
-
-static void order_option(Options* o, const char* word, const char* value) {
-    if (!strcmp(value, "forward")) {
-        o->order = FORWARD;
-    } else if (!strcmp(value, "reverse")) {
-        o->order = REVERSE;
-    } else if (!strncmp(value, "random:", 7)) {
+static void read_option(Options* o, const char* word) {
+    auto number = [word](const char* format, auto* value) {
+        char rest;
+        return sscanf(word, format, value, &rest) == 1;
+    };
+    if (number("threads=%d%c", &o->threads) || number("sms=%d%c", &o->sms)) return;
+    if (number("cc=%d%c", &o->capability) || number("timeout=%d%c", &o->timeout)) return;
+    if (number("memory=%zu%c", &o->memory)) {
+        o->memory <<= 20;
+    } else if (number("order=random:%u%c", &o->seed)) {
         o->order = RANDOM;
-        o->seed = (unsigned)number_option(word, value + 7);
-    } else {
-        fprintf(stderr, "cpu_cuda: CPU_CUDA: found %s, expected order=forward, reverse or random:SEED\n", word);
-        exit(2);
-    }
-}
-
-static void one_option(Options* o, const std::string& word) {
-    const char* w = word.c_str();
-    size_t equals = word.find('=');
-    std::string name = word.substr(0, equals);
-    const char* value = equals == std::string::npos ? "" : w + equals + 1;
-    if (name == "order") {
-        order_option(o, w, value);
-    } else if (word == "lazy") {
+    } else if (!strcmp(word, "order=reverse")) {
+        o->order = REVERSE;
+    } else if (!strcmp(word, "lazy")) {
         o->lazy = true;
-    } else if (word == "profile") {
+    } else if (!strcmp(word, "profile")) {
         o->profile = true;
-    } else if (name == "threads") {
-        o->threads = std::max(1, (int)number_option(w, value));
-    } else if (name == "sms") {
-        o->sms = (int)number_option(w, value);
-    } else if (name == "cc") {
-        o->capability = (int)number_option(w, value);
-    } else if (name == "memory") {
-        o->memory = number_option(w, value) << 20;
-    } else if (name == "timeout") {
-        o->timeout = (int)number_option(w, value);
-    } else {
-        fprintf(stderr, "cpu_cuda: CPU_CUDA: found %s, expected one of those in runtime.h\n", w);
+    } else if (strcmp(word, "order=forward")) {
+        fprintf(stderr, "cpu_cuda: found %s in CPU_CUDA, expected an option of runtime.h\n", word);
         exit(2);
     }
 }
 
 static Options read_options() {
-    Options o = {(int)std::max(1u, std::thread::hardware_concurrency()), FORWARD, 0, false, false, 2, 90,
-                 (size_t)16384 << 20, 60};
-    std::string text = getenv("CPU_CUDA") ? getenv("CPU_CUDA") : "";
-    for (size_t begin = 0; begin < text.size();) {
-        size_t end = std::min(text.find(',', begin), text.size());
-        if (end > begin) one_option(&o, text.substr(begin, end - begin));
-        begin = end + 1;
-    }
-    if (checking) o.threads = 1;                // one block after the other: time tells which block made an access
+    int processors = (int)std::thread::hardware_concurrency();
+    Options o = {processors, FORWARD, 0, false, false, 2, 90, (size_t)16384 << 20, 60};
+    const char* variable = getenv("CPU_CUDA");
+    std::string words = variable ? variable : "";
+    for (char* word = strtok(&words[0], ","); word; word = strtok(nullptr, ",")) read_option(&o, word);
+    o.threads = std::max(o.threads, 1);
+    if (checking) o.threads = 1;                // one block after the other: time tells whose an access was
     return o;
 }
 
@@ -171,7 +141,7 @@ static bool same_place(Place a, Place b) {
     return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file));
 }
 
-static std::string format_text(const char* format, va_list arguments) {
+static std::string text_of_list(const char* format, va_list arguments) {
     char text[2048];
     vsnprintf(text, sizeof text, format, arguments);
     return text;
@@ -180,7 +150,7 @@ static std::string format_text(const char* format, va_list arguments) {
 __attribute__((format(printf, 1, 2))) static std::string text_of(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    std::string text = format_text(format, arguments);
+    std::string text = text_of_list(format, arguments);
     va_end(arguments);
     return text;
 }
@@ -198,89 +168,86 @@ static std::string index_text(uint3 i) { return text_of("(%u,%u,%u)", i.x, i.y, 
     _exit(STATUS_REPORT);
 }
 
+// The kernel, where it was launched, and the thread that runs.
 static std::string kernel_text() {
     const Launch* launch = current_launch();
     if (!launch) return "";
-    return text_of("    kernel %s, launched at %s:%d", launch->kernel, launch->place.file, launch->place.line);
+    Place place = launch->place;
+    std::string text = text_of("    kernel %s, launched at %s:%d", launch->kernel, place.file, place.line);
+    if (current) text += ", block " + index_text(current->block->index);
+    if (current) text += ", thread " + index_text(current->index);
+    return text + "\n";
 }
 
 void stop(Place here, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    std::string text = "cpu_cuda: " + format_text(format, arguments) + "\n";
+    std::string text = "cpu_cuda: " + text_of_list(format, arguments) + "\n";
     va_end(arguments);
     if (here.file) text += text_of("    at %s:%d\n", here.file, here.line);
-    std::string kernel = kernel_text();
-    if (!kernel.empty() && current)
-        kernel += ", block " + index_text(current->block->index) + ", thread " + index_text(current->index);
-    report(text + kernel + (kernel.empty() ? "" : "\n"));
+    report(text + kernel_text());
 }
 
 static unsigned lane_of(const Thread* t) { return t->number % WARP; }
 
 static const char* what_of(const Thread* t) {
     if (t->wait == AT_WARP) return t->warp->arrivals[lane_of(t)].what;
-    return t->wait == AT_BARRIER ? "the block's barrier" : t->wait == AT_GRID ? "the grid's barrier" : "__nanosleep";
+    if (t->wait == AT_BARRIER) return "the block's barrier";
+    return t->wait == AT_GRID ? "the grid's barrier" : "__nanosleep";
 }
 
-// Of the same group in a report: same block, same line, waiting for the same.
+static bool waits(const Thread* t) { return t->wait != RUNNING && t->warp->live >> lane_of(t) & 1; }
+
+// Whether b waits where a does: in the same block, at the same line, for the same.
 static bool same_wait(const Thread* a, const Thread* b) {
-    if (a->block != b->block || a->wait != b->wait || !same_place(a->place, b->place)) return false;
+    if (!waits(b) || a->block != b->block || a->wait != b->wait) return false;
+    if (!same_place(a->place, b->place)) return false;
     if (a->wait != AT_WARP) return true;
     const Warp::Arrival &x = a->warp->arrivals[lane_of(a)], &y = b->warp->arrivals[lane_of(b)];
     return x.mask == y.mask && !strcmp(x.what, y.what);
 }
 
-static bool exited(const Thread* t) { return !(t->warp->live >> lane_of(t) & 1); }
-
-// "0-15, 32-47": the threads for which `belongs` holds.
-template <class Belongs>
-static std::string ranges_text(const std::vector<Thread>& threads, Belongs belongs) {
-    std::string text;
-    for (size_t i = 0; i < threads.size(); i++) {
-        if (!belongs(&threads[i])) continue;
-        size_t first = i;
-        while (i + 1 < threads.size() && threads[i + 1].number && belongs(&threads[i + 1])) i++;
-        text += text_of(text.empty() ? "%d" : ", %d", threads[first].number);
-        if (i > first) text += text_of("-%d", threads[i].number);
+// A line about the threads that wait where threads[first] does.
+static std::string group_text(const std::vector<Thread>& threads, size_t first, std::vector<bool>* told) {
+    const Thread* one = &threads[first];
+    std::string numbers;
+    for (size_t i = first; i < threads.size(); i++) {
+        size_t begin = i;
+        for (; i < threads.size() && same_wait(one, &threads[i]); i++) (*told)[i] = true;
+        if (i == begin) continue;
+        numbers += text_of(numbers.empty() ? " %d" : ", %d", threads[begin].number);
+        if (i > begin + 1) numbers += text_of("-%d", threads[i - 1].number);
     }
-    return text;
+    std::string text = "    block " + index_text(one->block->index) + ", threads" + numbers;
+    text += text_of(": wait at %s:%d in %s", one->place.file, one->place.line, what_of(one));
+    if (one->wait == AT_WARP) text += text_of(", mask 0x%08x", one->warp->arrivals[lane_of(one)].mask);
+    return text + "\n";
 }
 
-// Who waits where: a line for each group of threads.
-static std::string waiting_text(const Worker* w) {
-    std::vector<bool> told(w->threads.size());
-    std::string text;
-    int lines = 0;
-    for (size_t i = 0; i < w->threads.size() && lines < 16; i++) {
-        const Thread* first = &w->threads[i];
-        if (told[i] || exited(first) || first->wait == RUNNING) continue;
-        std::string ranges = ranges_text(w->threads, [&](const Thread* t) {
-            bool same = !exited(t) && same_wait(first, t);
-            if (same) told[(size_t)(t - w->threads.data())] = true;
-            return same;
-        });
-        text += "    block " + index_text(first->block->index) + ", threads " + ranges +
-                text_of(": wait at %s:%d in %s", first->place.file, first->place.line, what_of(first));
-        if (first->wait == AT_WARP) text += text_of(", mask 0x%08x", first->warp->arrivals[lane_of(first)].mask);
-        text += "\n";
+// A mistake of several threads: who waits where.
+[[noreturn]] static void report_waiting(const std::string& what) {
+    const size_t most = 16;                     // lines
+    const std::vector<Thread>& threads = worker->threads;
+    std::vector<bool> told(threads.size());
+    std::string text = "cpu_cuda: " + what + "\n";
+    size_t lines = 0;
+    for (size_t i = 0; i < threads.size() && lines < most; i++) {
+        if (told[i] || !waits(&threads[i])) continue;
+        text += group_text(threads, i, &told);
         lines++;
     }
-    size_t gone = w->threads.size() - w->live;
-    if (gone) text += text_of("    threads that have exited: %zu\n", gone);
-    return text;
-}
-
-[[noreturn]] static void report_waiting(const std::string& what) {
-    report("cpu_cuda: " + what + "\n" + waiting_text(worker) + kernel_text() + "\n");
+    size_t exited = threads.size() - worker->live;
+    if (exited) text += text_of("    exited: %zu threads\n", exited);
+    current = nullptr;
+    report(text + kernel_text());
 }
 
 // ------------------------------------------------------------------------------------------------
 // Stacks, and the switch from one to another.
 //
-// A switch is an ordinary function call that returns elsewhere. The compiler expects a call to destroy all but the callee-saved
-// registers, so those and the stack are all there is to save. (The control words of the floating-point units are callee-saved
-// too, but kernels do not change them.)
+// A switch is an ordinary function call that returns elsewhere. The compiler expects calls to destroy all but
+// the callee-saved registers, so those are all there is to save. (The control words for floating point are
+// callee-saved too, but kernels do not change them.)
 
 extern "C" void cpu_cuda_switch(void** save, void* load);
 __asm__(R"(
@@ -306,13 +273,14 @@ cpu_cuda_switch:
     .size cpu_cuda_switch, .-cpu_cuda_switch
 )");
 
-#if CPU_CUDA_ADDRESS
-#define NO_ADDRESS __attribute__((no_sanitize("address")))      // frames that are left by a switch and never return
-#else
-#define NO_ADDRESS
-#endif
-
 static char* stack_bottom(const Worker* w, int stack) { return w->stacks + (size_t)stack * STRIDE + PAGE; }
+
+// Addresses; a page takes memory when it is touched.
+static char* map_memory(size_t size, int protection) {
+    void* memory = mmap(nullptr, size, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) stop({}, "no room for %zu MB of stacks or shared memory", size >> 20);
+    return (char*)memory;
+}
 
 // A stack with a closed page below it.
 static int take_stack(Worker* w) {
@@ -321,14 +289,10 @@ static int take_stack(Worker* w) {
         w->free_stacks.pop_back();
         return stack;
     }
-    if (!w->stacks) {
-        void* memory = mmap(nullptr, MOST_STACKS * STRIDE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) stop({}, "no memory for the stacks of %zu threads", MOST_STACKS);
-        w->stacks = (char*)memory;
-    }
+    if (!w->stacks) w->stacks = map_memory(MOST_STACKS * STRIDE, PROT_NONE);
     int stack = w->stack_count++;
     if ((size_t)stack == MOST_STACKS || mprotect(stack_bottom(w, stack), STACK, PROT_READ | PROT_WRITE))
-        stop({}, "more than %d threads wait at once: no memory for their stacks", stack);
+        stop({}, "%d threads wait at once, and there is no stack for another", stack);
     return stack;
 }
 
@@ -367,11 +331,7 @@ static unsigned next_random(Worker* w) {
     return w->random;
 }
 
-static void make_ready(Worker* w, Thread* t) {
-    Warp* warp = t->warp;
-    if (!warp->ready) w->ready[warp->slot / 64] |= 1ull << warp->slot % 64;
-    warp->ready |= 1u << lane_of(t);
-}
+static void make_ready(Worker* w, Thread* t) { w->ready[t->warp->slot] |= 1u << lane_of(t); }
 
 // The first set bit after `turn`, around the end; before it in reverse.
 static unsigned next_lane(unsigned ready, unsigned turn, bool reverse) {
@@ -383,15 +343,12 @@ static unsigned next_lane(unsigned ready, unsigned turn, bool reverse) {
     return (unsigned)__builtin_ctz(after ? after : ready);
 }
 
-// The next warp that may run, or null. `turn` itself comes last.
+// The warp after `turn` (before it, in reverse) with a lane that may run, or null. `turn` itself comes last.
 static Warp* next_warp(Worker* w, unsigned turn) {
-    size_t words = w->ready.size(), at = turn / 64;
-    bool reverse = w->order == REVERSE;
-    uint64_t first = reverse ? (1ull << turn % 64) - 1 : ~((2ull << turn % 64) - 1);
-    for (size_t i = 0; i <= words; i++) {
-        uint64_t bits = w->ready[at] & (i == 0 ? first : ~0ull);
-        if (bits) return &w->warps[at * 64 + (size_t)(reverse ? 63 - __builtin_clzll(bits) : __builtin_ctzll(bits))];
-        at = reverse ? (at + words - 1) % words : (at + 1) % words;
+    unsigned count = (unsigned)w->warps.size(), step = w->order == REVERSE ? count - 1 : 1;
+    for (unsigned i = 0; i < count; i++) {
+        turn = turn + step < count ? turn + step : turn + step - count;
+        if (w->ready[turn]) return &w->warps[turn];
     }
     return nullptr;
 }
@@ -401,16 +358,16 @@ static Thread* pick(Worker* w, bool leave_warp) {
     Warp* warp = &w->warps[w->turn];
     bool random = w->order == RANDOM;
     if (random && next_random(w) % 256 < w->leave) leave_warp = true;
-    if (leave_warp || !warp->ready) {
+    if (leave_warp || !w->ready[w->turn]) {
         unsigned turn = random ? next_random(w) % (unsigned)w->warps.size() : w->turn;
         warp = next_warp(w, turn);
         if (!warp) return nullptr;
         w->turn = warp->slot;
     }
-    unsigned lane = next_lane(warp->ready, random ? next_random(w) % WARP : warp->turn, w->order == REVERSE);
+    unsigned turn = random ? next_random(w) % WARP : warp->turn;
+    unsigned lane = next_lane(w->ready[warp->slot], turn, w->order == REVERSE);
     warp->turn = lane;
-    warp->ready &= ~(1u << lane);
-    if (!warp->ready) w->ready[warp->slot / 64] &= ~(1ull << warp->slot % 64);
+    w->ready[warp->slot] &= ~(1u << lane);
     return warp->lane0 + lane;
 }
 
@@ -443,19 +400,14 @@ NO_ADDRESS static void switch_to(Worker* w, Thread* t, void** save, void** fake_
         enter(w, t);
         stack_pointer = t->stack_pointer;
     }
-#if CPU_CUDA_ADDRESS
     __sanitizer_start_switch_fiber(fake_stack, stack_bottom(w, t->stack), STACK);
-#else
-    (void)fake_stack;
-#endif
     cpu_cuda_switch(save, stack_pointer);
 }
 
 // More than spinning happened.
 static void progress(Worker* w) {
+    if (w->spins >= PATIENCE) w->grid->busy++;
     w->spins = 0;
-    if (w->stuck) w->grid->busy++;
-    w->stuck = false;
 }
 
 // Lets others run until somebody has made the current thread ready again.
@@ -471,15 +423,12 @@ __attribute__((noinline)) static void wait(Wait kind, Place here) {
         me->wait = RUNNING;
         return;
     }
-#if CPU_CUDA_ADDRESS
-    switch_to(w, next, &me->stack_pointer, &me->fake_stack);
-    __sanitizer_finish_switch_fiber(me->fake_stack, nullptr, nullptr);
-#else
-    switch_to(w, next, &me->stack_pointer, nullptr);
-#endif
+    void* fake_stack = nullptr;                 // AddressSanitizer's
+    switch_to(w, next, &me->stack_pointer, &fake_stack);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
-static void release_barrier(Worker* w, std::vector<Thread*>& arrived);
+static void release_block(Worker* w, std::vector<Thread*>& arrived);
 
 // No lane may wait for one that has gone.
 static void check_left_behind(const Thread* t) {
@@ -499,27 +448,21 @@ static void exit_thread(Worker* w, Thread* t) {
     Block* block = t->block;
     block->live--;
     std::vector<Thread*>& arrived = block->arrived[0];
-    if (!arrived.empty() && arrived.size() == block->live) release_barrier(w, arrived);    // an exited thread counts as arrived
+    if (!arrived.empty() && arrived.size() == block->live) release_block(w, arrived);   // exited is arrived
     current = nullptr;
-}
-
-// Back to the worker's own stack: all threads have exited.
-NO_ADDRESS static void go_home(Worker* w) {
-    void* dead;
-#if CPU_CUDA_ADDRESS
-    __sanitizer_start_switch_fiber(nullptr, w->home_bottom, w->home_size);
-#endif
-    cpu_cuda_switch(&dead, w->home);
 }
 
 // A fiber: runs its first thread, then every next one that never ran; then it ends.
 NO_ADDRESS static void fiber_main() {
     Worker* w = worker;
     Thread* t = w->starting;
-#if CPU_CUDA_ADDRESS
-    bool first = !w->home_bottom;
-    __sanitizer_finish_switch_fiber(nullptr, first ? &w->home_bottom : nullptr, first ? &w->home_size : nullptr);
-#endif
+    const void* left_bottom;                    // of the stack that was left: at first the worker's own
+    size_t left_size;
+    __sanitizer_finish_switch_fiber(nullptr, &left_bottom, &left_size);
+    if (!w->home_bottom) {
+        w->home_bottom = left_bottom;
+        w->home_size = left_size;
+    }
     const Launch& launch = w->grid->launch;
     int stack = t->stack;
     do {
@@ -533,7 +476,8 @@ NO_ADDRESS static void fiber_main() {
     void* dead;
     if (t) switch_to(w, t, &dead, nullptr);
     if (w->live) report_waiting("deadlock: no thread can go on");
-    go_home(w);
+    __sanitizer_start_switch_fiber(nullptr, w->home_bottom, w->home_size);
+    cpu_cuda_switch(&dead, w->home);
     __builtin_unreachable();
 }
 
@@ -551,7 +495,7 @@ static void release(Worker* w, std::vector<Thread*>& arrived) {
     arrived.clear();
 }
 
-static void release_barrier(Worker* w, std::vector<Thread*>& arrived) {
+static void release_block(Worker* w, std::vector<Thread*>& arrived) {
     size_t count = 0;
     for (Thread* t : arrived) count += (size_t)(t->result & 1);
     BlockVote vote = (BlockVote)(arrived[0]->result >> 1);
@@ -561,23 +505,23 @@ static void release_barrier(Worker* w, std::vector<Thread*>& arrived) {
     release(w, arrived);
 }
 
-// The thread has to meet those that have arrived: at the same line.
-static void check_place(const std::vector<Thread*>& arrived, Thread* me, Wait kind, const char* what, Place here) {
-    if (arrived.empty() || same_place(arrived[0]->place, here)) return;
+// The current thread joins those that have arrived, which have to be at the same line.
+static void join(std::vector<Thread*>& arrived, Wait kind, const char* what, Place here) {
+    Thread* me = current;
     me->wait = kind;
-    report_waiting(text_of("%s: divergent barrier: threads of a block wait for one another at different lines", what));
+    me->place = here;
+    if (!arrived.empty() && !same_place(arrived[0]->place, here))
+        report_waiting(std::string(what) + ": divergent barrier: threads wait for one another at two lines");
+    arrived.push_back(me);
 }
 
 int block_barrier(BlockVote vote, int predicate, const char* what, Place here) {
     Thread* me = in_kernel(what, here);
-    Block* block = me->block;
-    std::vector<Thread*>& arrived = block->arrived[0];
-    me->place = here;
+    std::vector<Thread*>& arrived = me->block->arrived[0];
     me->result = vote << 1 | (predicate != 0);
-    check_place(arrived, me, AT_BARRIER, what, here);
-    arrived.push_back(me);
-    if (arrived.size() == block->live) {
-        release_barrier(worker, arrived);
+    join(arrived, AT_BARRIER, what, here);
+    if (arrived.size() == me->block->live) {
+        release_block(worker, arrived);
     } else {
         wait(AT_BARRIER, here);
     }
@@ -586,13 +530,13 @@ int block_barrier(BlockVote vote, int predicate, const char* what, Place here) {
 
 void named_barrier(int id, int threads, Place here) {
     Thread* me = in_kernel("bar.sync", here);
-    if (id < 1 || id > 15) stop(here, "bar.sync: found barrier %d, expected 1 to 15 (0 is __syncthreads)", id);
+    std::vector<Thread*>& arrived = me->block->arrived[id & 15];
+    if (id < 1 || id > 15) stop(here, "bar.sync: found barrier %d, expected 1 to 15 (0: __syncthreads)", id);
     if (threads <= 0 || threads % WARP || (unsigned)threads > (me->block->threads + WARP - 1) / WARP * WARP)
         stop(here, "bar.sync: found %d threads, expected a multiple of 32 that the block has", threads);
-    std::vector<Thread*>& arrived = me->block->arrived[id];
-    me->result = threads;
     if (!arrived.empty() && arrived[0]->result != threads)
-        stop(here, "bar.sync: barrier %d is waited for by %d threads, and here by %d", id, arrived[0]->result, threads);
+        stop(here, "bar.sync: barrier %d waits for %d and for %d threads", id, arrived[0]->result, threads);
+    me->result = threads;
     arrived.push_back(me);
     if (arrived.size() < (size_t)threads) return wait(AT_BARRIER, here);
     if (checking) check::barrier(arrived.data(), arrived.size());
@@ -600,12 +544,10 @@ void named_barrier(int id, int threads, Place here) {
 }
 
 void grid_barrier(Place here) {
-    Thread* me = in_kernel("grid.sync", here);
+    in_kernel("grid.sync", here);
     Worker* w = worker;
     if (!w->grid->launch.cooperative) stop(here, "grid.sync in a launch that is not cooperative");
-    me->place = here;
-    check_place(w->at_grid, me, AT_GRID, "grid.sync", here);
-    w->at_grid.push_back(me);
+    join(w->at_grid, AT_GRID, "grid.sync", here);
     if (w->at_grid.size() < w->threads.size()) return wait(AT_GRID, here);
     if (checking) check::grid_barrier();
     release(w, w->at_grid);
@@ -617,47 +559,27 @@ void fence() {
 }
 
 void atomic_access(const void* pointer, size_t size, Place here) {
-    if ((uintptr_t)pointer % size) stop(here, "an atomic operation of %zu bytes at %p, which is not a multiple", size, pointer);
+    if ((uintptr_t)pointer % size) stop(here, "misaligned atomic operation: %zu bytes at %p", size, pointer);
     if (checking && current) check::access(pointer, size, check::ATOMIC, here);
 }
 
 // ------------------------------------------------------------------------------------------------
-// A thread that spins. If all workers only spin, nobody is left to end it.
-
-static double processor_seconds() {
-    timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-// Every few thousand turns. A while of nothing else makes a worker stuck; it is reported after another in which
-// all workers were, so that each has seen what the others wrote last.
-static void look_stuck(Worker* w) {
-    const double patience = 0.3;
-    double now = processor_seconds();
-    if (!w->spinning_since) w->spinning_since = now;
-    if (w->stuck && w->grid->busy > 0) {
-        sched_yield();
-        w->spinning_since = now;
-    }
-    if (now - w->spinning_since < patience) return;
-    if (w->stuck) {
-        unsigned long long waiting = w->grid->blocks - std::min(w->grid->blocks, w->grid->next.load());
-        report_waiting(text_of("a spin without end: no other thread can run (blocks of the grid that are not resident: %llu)",
-                               waiting));
-    }
-    w->stuck = true;
-    w->grid->busy--;
-    w->spinning_since = now;
-}
+// A thread that spins. If all workers do nothing else, nobody is left to end it: that is reported when a
+// worker has gone on as long again, so that it has seen what the others wrote last.
 
 void spin_wait(Place here) {
     if (!current) return;
     Worker* w = worker;
     current->wait = SPINNING;
     current->place = here;
-    if (w->spins++ == 0) w->spinning_since = 0;
-    if (w->spins % 4096 == 0) look_stuck(w);
+    if (++w->spins == PATIENCE) w->grid->busy--;
+    if (w->spins == 2 * PATIENCE) {
+        unsigned long long waiting = w->grid->blocks - std::min(w->grid->blocks, w->grid->next.load());
+        if (w->grid->busy == 0)
+            report_waiting(text_of("a spin without end (blocks that have not begun: %llu)", waiting));
+        sched_yield();
+        w->spins = PATIENCE;
+    }
     make_ready(w, current);
     wait(SPINNING, here);
 }
@@ -673,8 +595,8 @@ static void check_agreement(Warp* warp, unsigned lane) {
         const Warp::Arrival& theirs = warp->arrivals[other];
         if (!(theirs.mask >> lane & 1)) continue;
         if (theirs.mask != mine.mask)
-            stop(mine.place, "%s: lane %u names the mask 0x%08x, lane %d, which waits at %s:%d in %s, names 0x%08x",
-                 mine.what, lane, mine.mask, other, theirs.place.file, theirs.place.line, theirs.what, theirs.mask);
+            stop(mine.place, "%s: lane %u names the mask 0x%08x; lane %d, which waits at %s:%d, names 0x%08x",
+                 mine.what, lane, mine.mask, other, theirs.place.file, theirs.place.line, theirs.mask);
         if (strcmp(theirs.what, mine.what))
             stop(mine.place, "%s: lane %u meets lane %d, which waits at %s:%d in %s", mine.what, lane, other,
                  theirs.place.file, theirs.place.line, theirs.what);
@@ -683,18 +605,19 @@ static void check_agreement(Warp* warp, unsigned lane) {
 
 static void check_mask(const Thread* me, unsigned mask, const char* what, Place here) {
     unsigned lane = lane_of(me), missing = mask & ~me->warp->live;
-    if (!(mask >> lane & 1)) stop(here, "%s: the mask 0x%08x does not name the calling lane %u", what, mask, lane);
+    if (!(mask >> lane & 1))
+        stop(here, "%s: the mask 0x%08x does not name the calling lane %u", what, mask, lane);
     if (!missing) return;
     unsigned first = (unsigned)__builtin_ctz(missing);
-    bool existed = me->warp->number * WARP + first < me->block->threads;
-    stop(here, "%s: the mask 0x%08x names lane %u, which %s", what, mask, first, existed ? "has exited" : "does not exist");
+    const char* why = me->warp->number * WARP + first < me->block->threads ? "has exited" : "does not exist";
+    stop(here, "%s: the mask 0x%08x names lane %u, which %s", what, mask, first, why);
 }
 
 static bool same_operation(const Warp::Arrival& a, const Warp::Arrival& b) {
     return a.mask == b.mask && (a.what == b.what || !strcmp(a.what, b.what));
 }
 
-// Whether all lanes of the mask are here for the same. What differs is either an error or waits for another group.
+// Whether all lanes of the mask are here for the same. What differs is an error or waits for another group.
 static bool all_arrived(Warp* warp, unsigned lane) {
     const Warp::Arrival& mine = warp->arrivals[lane];
     if (!same_operation(warp->arrivals[__builtin_ctz(warp->waiting)], mine)) warp->mixed = true;
@@ -724,11 +647,8 @@ static bool arrive(void* argument, unsigned mask, const char* what, Place here) 
 static void go_on(unsigned lanes) {
     Worker* w = worker;
     Warp* warp = current->warp;
-    unsigned others = lanes & ~(1u << lane_of(current));
     warp->waiting &= ~lanes;
-    if (!others) return;
-    if (!warp->ready) w->ready[warp->slot / 64] |= 1ull << warp->slot % 64;
-    warp->ready |= others;
+    w->ready[warp->slot] |= lanes & ~(1u << lane_of(current));
 }
 
 void warp_together(WarpWork work, void* argument, unsigned mask, const char* what, Place here) {
@@ -754,7 +674,7 @@ struct Shuffle {
     Place place;
 };
 
-// As the instruction: the operand counts modulo 32; a lane that would read across its segment's end reads itself.
+// As the instruction: the operand counts modulo 32; who would read across its segment's end reads itself.
 static int source_lane(const Shuffle* s, int lane) {
     int operand = s->operand & (WARP - 1), first = lane & ~(s->width - 1), source;
     if (s->kind == SHUFFLE_INDEX) return first + (operand & (s->width - 1));
@@ -778,14 +698,14 @@ static void shuffle_lanes(void** arguments, unsigned lanes) {
         const Shuffle* s = shuffles[lane];
         int source = source_lane(s, lane);
         if (!(lanes >> source & 1))
-            stop(s->place, "%s: lane %d reads lane %d, which takes no part (mask 0x%08x)", s->what, lane, source, lanes);
-        if (shuffles[source]->size != s->size)
-            stop(s->place, "%s: lane %d passes %zu bytes, lane %d %zu", s->what, lane, s->size, source, shuffles[source]->size);
+            stop(s->place, "%s: lane %d reads lane %d, which takes no part (mask 0x%08x)", s->what, lane,
+                 source, lanes);
         memcpy(s->value, values[source], s->size);
     }
 }
 
-void shuffle(void* value, size_t size, ShuffleKind kind, int operand, int width, unsigned mask, const char* what, Place here) {
+void shuffle(void* value, size_t size, ShuffleKind kind, int operand, int width, unsigned mask,
+             const char* what, Place here) {
     if (width < 1 || width > WARP || width & (width - 1))
         stop(here, "%s: found width %d, expected a power of two up to 32", what, width);
     Shuffle s = {value, size, kind, operand, width, what, here};
@@ -796,15 +716,13 @@ void shuffle(void* value, size_t size, ShuffleKind kind, int operand, int width,
 // Shared memory. Every byte starts as 0xFF: a float read before it is written is NaN.
 
 static void open_shared(char* p, size_t size) {
-#if CPU_CUDA_ADDRESS
     __asan_unpoison_memory_region(p, size);
-#endif
     memset(p, 0xFF, size);
     if (checking) check::shared_begins(p, size);
 }
 
 void* shared_variable(const void* tag, size_t size, size_t alignment) {
-    constexpr size_t gap = address_sanitizer || checking ? 128 : 0;     // so that the byte after a variable is no other's
+    constexpr size_t gap = address_sanitizer || checking ? 128 : 0;     // what follows a variable is no other
     Block* block = in_kernel("a __shared__ variable", {})->block;
     size_t total = size;
     for (const Block::Variable& v : block->variables) {
@@ -813,8 +731,8 @@ void* shared_variable(const void* tag, size_t size, size_t alignment) {
     }
     size_t dynamic = worker->grid->launch.shared;
     if (total > STATIC_LIMIT || total + dynamic > SHARED_LIMIT)
-        stop({}, "shared memory: variables of %zu bytes (at most %zu) and %zu dynamic, at most %zu", total, STATIC_LIMIT,
-             dynamic, SHARED_LIMIT);
+        stop({}, "shared memory: %zu bytes of variables (limit %zu), %zu dynamic, in all at most %zu",
+             total, STATIC_LIMIT, dynamic, SHARED_LIMIT);
     alignment = std::max(alignment, (size_t)16);
     char* at = block->shared + ((block->shared_used + gap + alignment - 1) & ~(alignment - 1));
     block->shared_used = (size_t)(at + size - block->shared);
@@ -839,7 +757,7 @@ void* shared_pointer(uint32_t address, size_t size, Place here) {
     if (within(block->shared, worker->grid->launch.shared)) return p;
     for (const Block::Variable& v : block->variables)
         if (within(v.at, v.size)) return p;
-    stop(here, "%zu bytes at the shared address 0x%x are not within the block's shared memory", size, address);
+    stop(here, "%zu bytes at the shared address 0x%x: not within shared memory of this block", size, address);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -875,7 +793,7 @@ static void prepare(Worker* w, const Grid& grid, size_t blocks) {
     w->threads.assign(grid.threads * blocks, Thread());
     w->warps.assign(warps * blocks, Warp());
     w->blocks.assign(blocks, Block());
-    w->ready.assign((warps * blocks + 63) / 64, 0);
+    w->ready.assign(warps * blocks, 0);
     for (size_t i = 0; i < w->threads.size(); i++) {
         Thread* t = &w->threads[i];
         t->number = (unsigned short)(i % grid.threads);
@@ -891,11 +809,7 @@ static void prepare(Worker* w, const Grid& grid, size_t blocks) {
 }
 
 static char* arena(Worker* w, size_t i) {
-    while (w->arenas.size() <= i) {
-        void* memory = mmap(nullptr, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) stop({}, "no memory for the shared memory of %zu blocks", i + 1);
-        w->arenas.push_back((char*)memory);
-    }
+    while (w->arenas.size() <= i) w->arenas.push_back(map_memory(ARENA, PROT_READ | PROT_WRITE));
     return w->arenas[i];
 }
 
@@ -916,21 +830,18 @@ static void begin_block(Worker* w, size_t slot, unsigned long long number) {
     for (unsigned i = 0; i < warps; i++) {
         Warp* warp = block->warps + i;
         unsigned lanes = grid.threads - i * WARP;
-        warp->live = warp->ready = warp->fresh = lanes >= WARP ? ~0u : (1u << lanes) - 1;
+        warp->live = warp->fresh = w->ready[warp->slot] = lanes >= WARP ? ~0u : (1u << lanes) - 1;
         warp->waiting = 0;
         warp->turn = w->order == REVERSE ? 0 : WARP - 1;
-        w->ready[warp->slot / 64] |= 1ull << warp->slot % 64;
     }
-#if CPU_CUDA_ADDRESS
     __asan_poison_memory_region(block->shared, ARENA);
-#endif
     if (checking) check::block_begins(block);
     if (grid.launch.shared) open_shared(block->shared, grid.launch.shared);
 }
 
 // Runs `count` blocks, resident together, to their end.
 static void run_blocks(Worker* w, unsigned long long first, size_t count) {
-    static const unsigned leaves[] = {0, 4, 64};        // a random order runs whole warps ahead, or mixes them
+    static const unsigned leaves[] = {0, 4, 64};        // a random order runs warps ahead, or mixes them
     const Grid& grid = *w->grid;
     for (size_t slot = 0; slot < count; slot++) begin_block(w, slot, ordered_block(grid, first + slot));
     w->random = mix(options().seed, first);
@@ -938,13 +849,10 @@ static void run_blocks(Worker* w, unsigned long long first, size_t count) {
     w->turn = w->order == REVERSE ? 0 : (unsigned)w->warps.size() - 1;
     w->live = grid.threads * (unsigned)count;
     w->block = nullptr;
-#if CPU_CUDA_ADDRESS
-    switch_to(w, pick(w, true), &w->home, &w->home_fake_stack);
-    __sanitizer_finish_switch_fiber(w->home_fake_stack, nullptr, nullptr);
     w->home_bottom = nullptr;
-#else
-    switch_to(w, pick(w, true), &w->home, nullptr);
-#endif
+    void* fake_stack = nullptr;
+    switch_to(w, pick(w, true), &w->home, &fake_stack);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
     if (checking)
         for (Block& block : w->blocks) check::block_ends(&block);
 }

@@ -64,7 +64,7 @@ struct Warp {
     unsigned live;                      // lanes that have not exited
     unsigned waiting;                   // lanes inside an operation
     Thread* lane0;                      // lane i is lane0 + i
-    unsigned ready, fresh;              // lanes that may run; those of them that never ran
+    unsigned fresh;                     // lanes that never ran
     unsigned turn;                      // the lane that ran last
     bool mixed;                         // the waiting lanes differ in mask or operation
     unsigned number, slot;              // in the block, among the worker's
@@ -110,9 +110,6 @@ struct alignas(64) Thread {             // one cache line
     int stack, result;
     unsigned short number;              // in the block
     Wait wait;
-#if CPU_CUDA_ADDRESS
-    void* fake_stack;                   // AddressSanitizer's
-#endif
 };
 
 extern __thread Thread* current;        // null in host code

@@ -28,10 +28,10 @@ private:
 
 inline thread_block this_thread_block() { return thread_block(); }
 
-// `Size` neighbouring lanes of a warp: a power of two. Every lane of the tile takes part in each of its operations.
+// `Size` neighbouring lanes of a warp. Every lane of the tile takes part in each of its operations.
 template <unsigned Size, class Parent = void>
 class thread_block_tile {
-    static_assert(Size >= 1 && Size <= 32 && (Size & (Size - 1)) == 0, "a tile has a power of two of threads, at most 32");
+    static_assert(Size >= 1 && Size <= 32 && (Size & (Size - 1)) == 0, "a power of two, at most 32");
 
 public:
     static constexpr unsigned size() { return Size; }
@@ -42,22 +42,16 @@ public:
 
     static void sync(CPU_CUDA_HERE) { cpu_cuda::warp_barrier(mask(), here); }
 
-    template <class T>
-    T shfl(T value, int rank, CPU_CUDA_HERE) const {
-        return cpu_cuda::shuffled(value, cpu_cuda::SHUFFLE_INDEX, rank, Size, mask(), "tile.shfl", here);
+#define CPU_CUDA_TILE_SHUFFLE(NAME, KIND, OPERAND)                                                          \
+    template <class T>                                                                                      \
+    T NAME(T value, OPERAND operand, CPU_CUDA_HERE) const {                                                 \
+        return cpu_cuda::shuffled(value, cpu_cuda::KIND, (int)operand, Size, mask(), "tile." #NAME, here);  \
     }
-    template <class T>
-    T shfl_up(T value, unsigned delta, CPU_CUDA_HERE) const {
-        return cpu_cuda::shuffled(value, cpu_cuda::SHUFFLE_UP, (int)delta, Size, mask(), "tile.shfl_up", here);
-    }
-    template <class T>
-    T shfl_down(T value, unsigned delta, CPU_CUDA_HERE) const {
-        return cpu_cuda::shuffled(value, cpu_cuda::SHUFFLE_DOWN, (int)delta, Size, mask(), "tile.shfl_down", here);
-    }
-    template <class T>
-    T shfl_xor(T value, unsigned bits, CPU_CUDA_HERE) const {
-        return cpu_cuda::shuffled(value, cpu_cuda::SHUFFLE_XOR, (int)bits, Size, mask(), "tile.shfl_xor", here);
-    }
+    CPU_CUDA_TILE_SHUFFLE(shfl, SHUFFLE_INDEX, int)
+    CPU_CUDA_TILE_SHUFFLE(shfl_up, SHUFFLE_UP, unsigned)
+    CPU_CUDA_TILE_SHUFFLE(shfl_down, SHUFFLE_DOWN, unsigned)
+    CPU_CUDA_TILE_SHUFFLE(shfl_xor, SHUFFLE_XOR, unsigned)
+#undef CPU_CUDA_TILE_SHUFFLE
 
     int any(int predicate, CPU_CUDA_HERE) const {
         return cpu_cuda::ballot(mask(), predicate, "tile.any", here) != 0;
@@ -99,7 +93,7 @@ public:
     static void sync(CPU_CUDA_HERE) { cpu_cuda::grid_barrier(here); }
     static unsigned long long num_blocks() { return (unsigned long long)gridDim.x * gridDim.y * gridDim.z; }
     static unsigned long long block_rank() {
-        return blockIdx.x + (unsigned long long)gridDim.x * (blockIdx.y + (unsigned long long)gridDim.y * blockIdx.z);
+        return blockIdx.x + gridDim.x * (blockIdx.y + (unsigned long long)gridDim.y * blockIdx.z);
     }
     static unsigned long long thread_rank() {
         return block_rank() * thread_block::size() + thread_block::thread_rank();

@@ -1,4 +1,4 @@
-// mistakes_warp.cu: lanes, threads and blocks that do not meet as they have to, or whose order decides the result.
+// mistakes_warp.cu: lanes, threads and blocks that do not meet as they must, or whose order decides a result.
 
 #include <cooperative_groups.h>
 
@@ -49,10 +49,12 @@ __global__ void tail_of_loop_kernel(int* p, int count) {
 static void tail_of_loop(void) { tail_of_loop_kernel<<<1, 64>>>(zeros(), 200); }
 
 // CASE partial_warp plain: names lane 16, which does not exist
-__global__ void partial_warp_kernel(int* p) { p[threadIdx.x] = __any_sync(ALL, p[threadIdx.x]); }     // HERE partial_warp
+__global__ void partial_warp_kernel(int* p) {
+    p[threadIdx.x] = __any_sync(ALL, p[threadIdx.x]);   // HERE partial_warp
+}
 static void partial_warp(void) { partial_warp_kernel<<<3, 48>>>(zeros()); }
 
-// CASE inactive_lane plain,check: __shfl_down_sync: lane 8 reads lane 16, which takes no part (mask 0x0000ffff)
+// CASE inactive_lane plain,check: lane 8 reads lane 16, which takes no part (mask 0x0000ffff)
 __global__ void inactive_lane_kernel(int* p) {
     int lane = threadIdx.x;
     if (lane < 16) p[lane] = __shfl_down_sync(0x0000ffff, lane, 8);     // HERE inactive_lane
@@ -68,7 +70,9 @@ __global__ void inactive_leader_kernel(int* p) {
 static void inactive_leader(void) { inactive_leader_kernel<<<8, 32>>>(zeros()); }
 
 // CASE width_not_power plain: found width 24, expected a power of two up to 32
-__global__ void width_kernel(int* p, int width) { p[threadIdx.x] = __shfl_up_sync(ALL, 1, 1, width); }     // HERE width_not_power
+__global__ void width_kernel(int* p, int width) {
+    p[threadIdx.x] = __shfl_up_sync(ALL, 1, 1, width);  // HERE width_not_power
+}
 static void width_not_power(void) { width_kernel<<<1, 32>>>(zeros(), 24); }
 
 // ------------------------------------------------------------------------------------------------
@@ -276,7 +280,7 @@ static void blocks_in_turn(void) {
     expect(first_of(p) == expected);
 }
 
-// A warp that is a whole round ahead overwrites what another has not read: only an order that runs warps ahead shows it.
+// A warp that is a round ahead overwrites what another has not read: an order that runs warps ahead shows it.
 // CASE warp_a_round_ahead order: wrong result
 __global__ void warp_a_round_ahead_kernel(int* p) {
     __shared__ int slot[4];
@@ -296,8 +300,9 @@ static void warp_a_round_ahead(void) {
 
 #define NAMED(name) {#name, name}
 static const Case cases[] = {
-    NAMED(exited_lane), NAMED(tail_of_loop), NAMED(partial_warp), NAMED(inactive_lane), NAMED(inactive_leader),
-    NAMED(width_not_power), NAMED(mask_without_caller), NAMED(masks_differ), NAMED(mask_by_lane),
+    NAMED(exited_lane), NAMED(tail_of_loop), NAMED(partial_warp), NAMED(inactive_lane),
+    NAMED(inactive_leader), NAMED(width_not_power), NAMED(mask_without_caller), NAMED(masks_differ),
+    NAMED(mask_by_lane),
     NAMED(other_operation), NAMED(barrier_in_branches), NAMED(barrier_in_loop), NAMED(barrier_in_helper),
     NAMED(warp_against_block), NAMED(circle), NAMED(missing_block), NAMED(grid_not_cooperative),
     NAMED(not_resident), NAMED(lane_of_warp), NAMED(never_set), NAMED(large_array), NAMED(deep_calls),

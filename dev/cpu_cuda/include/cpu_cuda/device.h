@@ -1,7 +1,7 @@
-// device.h: what CUDA C++ adds to the language for kernels. Overloads and implicit conversions are CUDA's, no more.
+// device.h: what CUDA adds to C++ for kernels. Overloads and implicit conversions are CUDA's, and no more.
 //
-// To add an intrinsic: a function of CUDA's name and parameters. If lanes work together, take CPU_CUDA_HERE as the last
-// parameter and call shuffle() or warp_together(); the latter's work function sees the arguments of all lanes.
+// To add an intrinsic, write a function of CUDA's name and parameters. If lanes work together, CPU_CUDA_HERE
+// is its last parameter, and it calls shuffle() or warp_together(), whose work sees what all lanes passed.
 
 #pragma once
 
@@ -26,8 +26,7 @@ namespace cpu_cuda {
 
 // The types that __ldg and its like read in one instruction.
 template <class T>
-struct Loadable : std::integral_constant<bool, std::is_arithmetic<T>::value && !std::is_same<T, bool>::value &&
-                                                   !std::is_same<T, long double>::value> {};
+struct Loadable : std::integral_constant<bool, std::is_arithmetic<T>::value && sizeof(T) <= 8> {};
 
 }  // namespace cpu_cuda
 
@@ -73,8 +72,8 @@ struct dim3 {
     constexpr operator uint3() const { return {x, y, z}; }
 };
 
-// Set at every switch between threads, which a kernel does not notice: constant as in CUDA. (thread_local would cost a
-// call at each use, in case there is something to construct.)
+// Set at every switch between threads, which a kernel does not notice: constant, as in CUDA. (thread_local
+// would cost a call at each use, in case there is something to construct.)
 extern __thread const uint3 threadIdx __asm__("cpu_cuda_threadIdx");
 extern __thread const uint3 blockIdx __asm__("cpu_cuda_blockIdx");
 extern __thread const dim3 blockDim __asm__("cpu_cuda_blockDim");
@@ -90,7 +89,8 @@ struct Shape {
     dim3 grid, block;
     size_t shared;
     cudaStream_t stream;
-    Shape(dim3 g, dim3 b, size_t bytes = 0, cudaStream_t s = nullptr) : grid(g), block(b), shared(bytes), stream(s) {}
+    Shape(dim3 g, dim3 b, size_t bytes = 0, cudaStream_t s = nullptr)
+        : grid(g), block(b), shared(bytes), stream(s) {}
 };
 
 typedef void (*PointerVisit)(const Launch&, int position, const void* value);
@@ -107,22 +107,22 @@ struct BoundKernel {
     Kernel kernel;
     std::tuple<Values...> values;
 
-    static void run(void* bound) { std::apply(((BoundKernel*)bound)->kernel, ((BoundKernel*)bound)->values); }
-    static void release(void* bound) { delete (BoundKernel*)bound; }
-    static void each_pointer(void* bound, PointerVisit visit, const Launch& launch) {
+    static void run(void* p) { std::apply(((BoundKernel*)p)->kernel, ((BoundKernel*)p)->values); }
+    static void release(void* p) { delete (BoundKernel*)p; }
+    static void each_pointer(void* p, PointerVisit visit, const Launch& launch) {
         int position = 0;
-        std::apply([&](auto&... value) { (visit_argument(visit, launch, position++, value), ...); },
-                   ((BoundKernel*)bound)->values);
+        auto visit_all = [&](auto&... value) { (visit_argument(visit, launch, position++, value), ...); };
+        std::apply(visit_all, ((BoundKernel*)p)->values);
     }
 };
 
 template <class Kernel, class... Arguments>
 void launch(const char* name, Place place, Shape shape, Kernel kernel, Arguments&&... arguments) {
     typedef BoundKernel<Kernel, std::decay_t<Arguments>...> Bound;
-    Bound* bound = new Bound{kernel, std::tuple<std::decay_t<Arguments>...>(std::forward<Arguments>(arguments)...)};
+    Bound* bound = new Bound{kernel, {std::forward<Arguments>(arguments)...}};
     const dim3 &g = shape.grid, &b = shape.block;
-    submit(new Launch{{g.x, g.y, g.z}, {b.x, b.y, b.z}, shape.shared, shape.stream, name, place, false, Bound::run,
-                      Bound::release, bound, sizeof *bound, Bound::each_pointer});
+    submit(new Launch{{g.x, g.y, g.z}, {b.x, b.y, b.z}, shape.shared, shape.stream, name, place, false,
+                      Bound::run, Bound::release, bound, sizeof *bound, Bound::each_pointer});
 }
 
 }  // namespace cpu_cuda
@@ -130,7 +130,9 @@ void launch(const char* name, Place place, Shape shape, Kernel kernel, Arguments
 // ------------------------------------------------------------------------------------------------
 // Synchronisation
 
-inline void __syncthreads(CPU_CUDA_HERE) { cpu_cuda::block_barrier(cpu_cuda::VOTE_NONE, 0, "__syncthreads", here); }
+inline void __syncthreads(CPU_CUDA_HERE) {
+    cpu_cuda::block_barrier(cpu_cuda::VOTE_NONE, 0, "__syncthreads", here);
+}
 inline int __syncthreads_or(int predicate, CPU_CUDA_HERE) {
     return cpu_cuda::block_barrier(cpu_cuda::VOTE_OR, predicate, "__syncthreads_or", here);
 }
@@ -144,7 +146,7 @@ inline void __syncwarp(unsigned mask = 0xffffffff, CPU_CUDA_HERE) { cpu_cuda::wa
 inline void __nanosleep(unsigned, CPU_CUDA_HERE) { cpu_cuda::spin_wait(here); }
 inline void __threadfence() { cpu_cuda::fence(); }
 inline void __threadfence_system() { cpu_cuda::fence(); }
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
+inline void __threadfence_block() { cpu_cuda::fence(); }
 [[noreturn]] inline void __trap(CPU_CUDA_HERE) { cpu_cuda::stop(here, "__trap"); }
 
 // ------------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ namespace cpu_cuda {
 
 template <class T>
 T shuffled(T value, ShuffleKind kind, int operand, int width, unsigned mask, const char* what, Place here) {
-    static_assert(sizeof(T) <= 16 && std::is_trivially_copyable<T>::value, "shuffles move at most 16 plain bytes");
+    static_assert(sizeof(T) <= 16 && std::is_trivially_copyable<T>::value, "at most 16 plain bytes");
     shuffle(&value, sizeof value, kind, operand, width, mask, what, here);
     return value;
 }
@@ -236,7 +238,7 @@ struct Reduce {
     Operation operation;
 };
 
-// In the order of a reduction by __shfl_xor_sync over 16, 8, 4, 2, 1: floating-point sums have the bits of CUDA's.
+// In the order of a reduction by __shfl_xor_sync over 16, 8, 4, 2, 1: sums of floats have the bits of CUDA's.
 template <class T, class Operation>
 void reduce_lanes(void** arguments, unsigned lanes) {
     typedef Reduce<T, Operation> Argument;
@@ -375,15 +377,10 @@ CPU_CUDA_ATOMIC(atomicDec, unsigned, old == 0 || old > value ? value : old - 1)
     }
 
 CPU_CUDA_LOAD(__ldg)
-CPU_CUDA_LOAD(__ldca)
 CPU_CUDA_LOAD(__ldcg)
 CPU_CUDA_LOAD(__ldcs)
-CPU_CUDA_LOAD(__ldcv)
-CPU_CUDA_LOAD(__ldlu)
 CPU_CUDA_STORE(__stcg)
 CPU_CUDA_STORE(__stcs)
-CPU_CUDA_STORE(__stwb)
-CPU_CUDA_STORE(__stwt)
 
 inline size_t __cvta_generic_to_shared(const void* pointer, CPU_CUDA_HERE) {
     return cpu_cuda::shared_address(pointer, here);
@@ -417,30 +414,7 @@ inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline unsigned __brev(unsigned x) {
-    unsigned reversed = 0;
-    for (int i = 0; i < 32; i++) reversed |= (x >> i & 1) << (31 - i);
-    return reversed;
-}
-inline int __mulhi(int a, int b) { return (int)((long long)a * b >> 32); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
-inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
-    return (unsigned)(((unsigned long long)high << 32 | low) << (shift & 31) >> 32);
-}
-inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
-    return (unsigned)(((unsigned long long)high << 32 | low) >> (shift & 31));
-}
-// Byte i of the result is byte s[i] & 7 of b:a; with bit 3 of s[i] set, that byte's sign eight times.
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
-    unsigned long long bytes = (unsigned long long)b << 32 | a;
-    unsigned result = 0;
-    for (int i = 0; i < 4; i++) {
-        unsigned byte = (unsigned)(bytes >> 8 * (s >> 4 * i & 7)) & 0xff;
-        if (s >> 4 * i & 8) byte = byte & 0x80 ? 0xff : 0;
-        result |= byte << 8 * i;
-    }
-    return result;
-}
 
 // ------------------------------------------------------------------------------------------------
 // Math. What <math.h> has is its; the approximations of CUDA are as exact here.
@@ -473,49 +447,34 @@ inline double max(double a, float b) { return fmax(a, (double)b); }
 
 inline float rsqrtf(float x) { return (float)(1 / sqrt((double)x)); }
 inline double rsqrt(double x) { return 1 / sqrt(x); }
-inline float normcdff(float x) { return 0.5f * erfcf(x * -0.70710678f); }
 inline float __expf(float x) { return expf(x); }
-inline float __exp10f(float x) { return (float)pow(10, (double)x); }
 inline float __logf(float x) { return logf(x); }
 inline float __log2f(float x) { return log2f(x); }
-inline float __log10f(float x) { return log10f(x); }
-inline float __powf(float x, float y) { return powf(x, y); }
-inline float __sinf(float x) { return sinf(x); }
-inline float __cosf(float x) { return cosf(x); }
-inline void __sincosf(float x, float* sine, float* cosine) {
-    *sine = sinf(x);
-    *cosine = cosf(x);
-}
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }        // NaN gives 0
 
 // Rounded to nearest, and never fused with a neighbour.
-#define CPU_CUDA_ROUNDED(NAME, T, OPERATION)            \
-    inline T NAME(T a, T b) {                           \
-        volatile T result = a OPERATION b;              \
-        return result;                                  \
+#define CPU_CUDA_ROUNDED(NAME, OPERATION)       \
+    inline float NAME(float a, float b) {       \
+        volatile float result = a OPERATION b;  \
+        return result;                          \
     }
 
-CPU_CUDA_ROUNDED(__fadd_rn, float, +)
-CPU_CUDA_ROUNDED(__fsub_rn, float, -)
-CPU_CUDA_ROUNDED(__fmul_rn, float, *)
-CPU_CUDA_ROUNDED(__fdiv_rn, float, /)
-CPU_CUDA_ROUNDED(__dadd_rn, double, +)
-CPU_CUDA_ROUNDED(__dmul_rn, double, *)
+CPU_CUDA_ROUNDED(__fadd_rn, +)
+CPU_CUDA_ROUNDED(__fsub_rn, -)
+CPU_CUDA_ROUNDED(__fmul_rn, *)
+CPU_CUDA_ROUNDED(__fdiv_rn, /)
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __frcp_rn(float x) { return 1 / x; }
-inline float __frsqrt_rn(float x) { return rsqrtf(x); }
 
 namespace cpu_cuda {
 
 // Out of range goes to the nearest end, NaN to 0, as the instruction has it.
-template <class T>
-T clamped(double x, double low, double high) {
-    return x >= low ? x <= high ? (T)x : (T)high : x < low ? (T)low : 0;
+inline int to_int(double x) {
+    if (!(x >= -2147483648.0)) return x < 0 ? -2147483647 - 1 : 0;
+    return x <= 2147483647.0 ? (int)x : 2147483647;
 }
-
-inline int to_int(double x) { return clamped<int>(x, -2147483648.0, 2147483647.0); }
 
 }  // namespace cpu_cuda
 
@@ -523,6 +482,4 @@ inline int __float2int_rn(float x) { return cpu_cuda::to_int(rint((double)x)); }
 inline int __float2int_rz(float x) { return cpu_cuda::to_int((double)x); }
 inline int __float2int_rd(float x) { return cpu_cuda::to_int(floor((double)x)); }
 inline int __float2int_ru(float x) { return cpu_cuda::to_int(ceil((double)x)); }
-inline unsigned __float2uint_rn(float x) { return cpu_cuda::clamped<unsigned>(rint((double)x), 0, 4294967295.0); }
 inline float __int2float_rn(int x) { return (float)x; }
-inline float __uint2float_rn(unsigned x) { return (float)x; }
