@@ -1728,6 +1728,7 @@ typedef struct {
     Model model;
     Activations acts, infer;    // infer: one sequence, forward only, for generated text
     Arena arena;
+    void* machine;              // a GPU's own
     bool training;              // memory for gradients and moments is there
     Bpe bpe;
     bool has_bpe, has_val;
@@ -1759,6 +1760,7 @@ static void machine_layout(Run* run, Arena* arena, int block);  // its memory on
 static bool machine_open(Run* run, Error* e);       // before memory is taken: does it fit there too?
 static void machine_close(Run* run);
 static void machine_describe(const Run* run, char* text, size_t size);
+static void machine_print_plan(const Run* run);
 static double machine_peak(const Run* run);         // FLOP/s
 static void machine_load(Run* run);                 // the run's parameters and moments become the machine's
 static void machine_fetch(Run* run);                // and back
@@ -1796,6 +1798,8 @@ static void machine_describe(const Run* run, char* text, size_t size) {
     (void)run;
     snprintf(text, size, "%s, %d thread%s", cpu_name(), thread_count(), thread_count() > 1 ? "s" : "");
 }
+
+static void machine_print_plan(const Run* run) { plan_print(stdout, &run->arena); }
 
 static void machine_zero_gradients(Run* run) {
     zero_gradients(&run->model);
@@ -2286,7 +2290,7 @@ static int run_training(Run* run, int argc, char** argv) {
     if (!runlog_open(&run->log, path, run->o.resume ? run->step : -1, &e)) die("%s", e.text);
     run->peak = machine_peak(run);
     print_model(run);
-    plan_print(stdout, &run->arena);
+    machine_print_plan(run);
     if (!run->has_val)
         printf("no validation: the shards of --data are all trained on, name others with --val-data\n");
     log_run(run);
@@ -2332,7 +2336,7 @@ static int run_mode(Run* run, int argc, char** argv) {
     double loss;
     if (run->o.plan) {
         print_model(run);
-        plan_print(stdout, &run->arena);
+        machine_print_plan(run);
         return STATUS_DONE;
     }
     if (run->o.generate[0]) return run_generation(run);
