@@ -412,8 +412,13 @@ void check_unknown(const Event& e) {
         return;
     }
     const void* p = (const void*)e.address;
-    if (may_be_device_pointer(p) || e.address < PAGE) return;       // faults, and that report knows more
-    stop(place_of(e.where), "kernel %s host memory: %zu bytes at %p", verb_of(e), e.size, p);
+    if (e.address < PAGE) return;       // a null pointer: a fault says as much
+    report_unwritten();
+    if (!may_be_device_pointer(p))
+        stop(place_of(e.where), "kernel %s host memory: %zu bytes at %p", verb_of(e), e.size, p);
+    std::string at = describe(p);
+    const char* what = at.find("freed") != std::string::npos ? "use after free" : "out of bounds";
+    stop(place_of(e.where), "%s: kernel %s %s", what, verb_of(e), at.c_str());
 }
 
 // `fresh` takes the place of what it makes needless: an access that comes before it, and so before all that
