@@ -1,8 +1,8 @@
 // streams.cpp: streams, events, launching, errors, devices.
 //
 // Without `lazy`, work runs when it is enqueued, so all before it has run. Under `lazy` it waits in its stream
-// until something forces it, and brings what must come first in other streams (an event, the default stream).
-// As little as allowed runs, as late as allowed: a program that forgot to synchronise sees old data.
+// until something forces it, and brings what must come first in other streams (an event, the default
+// stream). As little as allowed runs, as late as allowed: a program that forgot to synchronise sees old data.
 
 #include "runtime.h"
 

@@ -1,8 +1,8 @@
-// mistakes_memory.cu: memory that a kernel or the host may not touch, and what a missing synchronisation lets through.
+// mistakes_memory.cu: memory that a kernel or the host may not touch, and synchronisation that is missing.
 
 #include "test.h"
 
-enum { COUNT = 1024, BYTES = COUNT * (int)sizeof(float) };      // a multiple of a page: the end is where it faults
+enum { COUNT = 1024, BYTES = COUNT * (int)sizeof(float) };      // whole pages: it faults right at the end
 
 static float* on_device(int count) {
     float* p;
@@ -360,7 +360,8 @@ static void source_by_kernel(void) {
 
 // CASE double_buffer plain,check,address,lazy,order: clean
 static void double_buffer(void) {
-    float *sum = on_device(COUNT), *x[2] = {on_device(COUNT), on_device(COUNT)}, *source[2] = {pinned(1), pinned(1)};
+    float *sum = on_device(COUNT), *x[2] = {on_device(COUNT), on_device(COUNT)};
+    float* source[2] = {pinned(1), pinned(1)};
     cudaStream_t copies = new_stream(), work = new_stream();
     cudaEvent_t arrived[2] = {new_event(), new_event()}, used[2] = {new_event(), new_event()};
     OK(cudaDeviceSynchronize());
@@ -382,13 +383,13 @@ static void double_buffer(void) {
 static const Case cases[] = {
     CASE(off_by_one), CASE(window_before), CASE(wrong_stride), CASE(small_overrun), CASE(small_overread),
     CASE(freed_read), CASE(freed_in_struct), CASE(freed_pinned), CASE(deep_recursion),
-    CASE(host_sums_device), CASE(host_fills_device), CASE(host_updates_device),
-    CASE(argument_malloc), CASE(argument_stack), CASE(argument_global), CASE(host_in_struct), CASE(host_in_table),
-    CASE(fresh_accumulator), CASE(fresh_pinned),
-    CASE(read_before_sync), CASE(sync_other_stream), CASE(mapped_read_early), CASE(default_copy_of_nonblocking),
-    CASE(missing_event), CASE(event_recorded_after_wait), CASE(event_recorded_before_work),
-    CASE(second_round_unordered), CASE(upload_then_nonblocking),
-    CASE(source_overwritten), CASE(source_in_loop), CASE(source_by_kernel), CASE(double_buffer),
+    CASE(host_sums_device), CASE(host_fills_device), CASE(host_updates_device), CASE(argument_malloc),
+    CASE(argument_stack), CASE(argument_global), CASE(host_in_struct), CASE(host_in_table),
+    CASE(fresh_accumulator), CASE(fresh_pinned), CASE(read_before_sync), CASE(sync_other_stream),
+    CASE(mapped_read_early), CASE(default_copy_of_nonblocking), CASE(missing_event),
+    CASE(event_recorded_after_wait), CASE(event_recorded_before_work), CASE(second_round_unordered),
+    CASE(upload_then_nonblocking), CASE(source_overwritten), CASE(source_in_loop), CASE(source_by_kernel),
+    CASE(double_buffer),
 };
 
 int main(int argc, char** argv) { return RUN_CASE(cases, argc, argv); }

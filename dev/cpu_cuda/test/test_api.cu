@@ -1,4 +1,4 @@
-// test_api.cu: the host interface: memory, copies, streams, events, devices, launch limits, and their error codes.
+// test_api.cu: the host interface: memory, copies, streams, events, devices, launch limits and error codes.
 
 #include "test.h"
 
@@ -75,7 +75,7 @@ static void test_copies(float* x, float* y, float* host, float* pinned) {
     OK(cudaMemcpy(pinned, y, BYTES, cudaMemcpyDefault));
     CHECK(memcmp(pinned, host, BYTES) == 0);
     // rows 10 and 11 of a table of 20 columns, first 5 columns
-    OK(cudaMemcpy2D(pinned, 5 * sizeof(float), x + 200, 20 * sizeof(float), 5 * sizeof(float), 2, cudaMemcpyDeviceToHost));
+    OK(cudaMemcpy2D(pinned, 20, x + 200, 80, 20, 2, cudaMemcpyDeviceToHost));
     CHECK(pinned[0] == 200 && pinned[4] == 204 && pinned[5] == 220 && pinned[9] == 224 && pinned[10] == 10);
     OK(cudaMemset(x, 0, BYTES));
     OK(cudaMemset(x + 1, 0x3f, 4));
