@@ -1,8 +1,8 @@
 // blas.cpp: cuBLASLt's matmul in float on the CPU.
 //
-// Each element of the product is summed in the order of k by one thread: the result does not depend on the number of
-// threads. A GPU sums in another order, with fused multiply-adds. Stricter than cuBLASLt, which may take either:
-// operands that are less aligned than 16 bytes and than the preference says, and one in place of another but C = D.
+// Each element of the product is summed in the order of k by one thread: the result does not depend on the
+// number of threads. A GPU sums in another order, with fused multiply-adds. Refused here, though cuBLASLt may
+// take it: operands less aligned than 16 bytes and than the preference says, and D over A or B.
 
 #include "include/cublasLt.h"
 
@@ -25,7 +25,7 @@ namespace {
 // Descriptors, behind NVIDIA's opaque ones
 
 struct Operation {
-    int32_t compute, scale, pointer_mode, transpose_a, transpose_b;
+    int32_t compute, scale, transpose_a, transpose_b;
     uint32_t epilogue;
     void *bias, *aux;
     int64_t aux_leading;
@@ -59,9 +59,6 @@ struct Attribute {
 #define FIELD(name, structure, member) {name, offsetof(structure, member), sizeof(structure::member)}
 
 const Attribute operation_attributes[] = {
-    FIELD(CUBLASLT_MATMUL_DESC_COMPUTE_TYPE, Operation, compute),
-    FIELD(CUBLASLT_MATMUL_DESC_SCALE_TYPE, Operation, scale),
-    FIELD(CUBLASLT_MATMUL_DESC_POINTER_MODE, Operation, pointer_mode),
     FIELD(CUBLASLT_MATMUL_DESC_TRANSA, Operation, transpose_a),
     FIELD(CUBLASLT_MATMUL_DESC_TRANSB, Operation, transpose_b),
     FIELD(CUBLASLT_MATMUL_DESC_EPILOGUE, Operation, epilogue),
@@ -112,7 +109,8 @@ cublasStatus_t destroy(Opaque* opaque) {
 }
 
 template <class Opaque, size_t count>
-cublasStatus_t set(Opaque* opaque, const Attribute (&attributes)[count], int name, const void* value, size_t size) {
+cublasStatus_t set(Opaque* opaque, const Attribute (&attributes)[count], int name, const void* value,
+                   size_t size) {
     if (!opaque || !value) return CUBLAS_STATUS_INVALID_VALUE;
     for (const Attribute& attribute : attributes) {
         if (attribute.name != name) continue;
@@ -140,27 +138,26 @@ struct Matmul {
 size_t size_of(uint32_t type) { return type == CUDA_R_32F ? 4 : 2; }
 
 bool is_possible(const Layout& layout) {
-    return layout.rows > 0 && layout.columns > 0 && layout.leading >= (int64_t)layout.rows && layout.batches > 0 &&
-           layout.stride >= 0;
+    return layout.rows > 0 && layout.columns > 0 && layout.leading >= (int64_t)layout.rows &&
+           layout.batches > 0 && layout.stride >= 0;
 }
 
 bool types_are_supported(const Matmul& job) {
     const Operation& o = job.operation;
-    bool tf32 = o.compute == CUBLAS_COMPUTE_32F_FAST_TF32;
     bool floats = job.a.type == CUDA_R_32F && job.d.type == CUDA_R_32F;
     bool halves = job.a.type == CUDA_R_16BF && (job.d.type == CUDA_R_16BF || job.d.type == CUDA_R_32F);
-    return o.scale == CUDA_R_32F && (o.compute == CUBLAS_COMPUTE_32F || tf32) && job.a.type == job.b.type &&
-           job.c.type == job.d.type && (floats || (halves && !tf32)) &&
+    return o.scale == CUDA_R_32F && o.compute == CUBLAS_COMPUTE_32F && job.a.type == job.b.type &&
+           job.c.type == job.d.type && (floats || halves) &&
            (o.bias_type == -1 || o.bias_type == (int)job.d.type) &&
            (o.aux_type == -1 || o.aux_type == (int)job.d.type);
 }
 
 bool epilogue_is_supported(const Matmul& job) {
-    static const uint32_t known[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU,
-                                     CUBLASLT_EPILOGUE_GELU_BIAS, CUBLASLT_EPILOGUE_GELU_AUX,
-                                     CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU,
-                                     CUBLASLT_EPILOGUE_DGELU_BGRAD, CUBLASLT_EPILOGUE_BGRADA,
-                                     CUBLASLT_EPILOGUE_BGRADB};
+    static const uint32_t known[] = {CUBLASLT_EPILOGUE_DEFAULT,  CUBLASLT_EPILOGUE_BIAS,
+                                     CUBLASLT_EPILOGUE_GELU,     CUBLASLT_EPILOGUE_GELU_BIAS,
+                                     CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                                     CUBLASLT_EPILOGUE_DGELU,    CUBLASLT_EPILOGUE_DGELU_BGRAD,
+                                     CUBLASLT_EPILOGUE_BGRADA,   CUBLASLT_EPILOGUE_BGRADB};
     uint32_t epilogue = job.operation.epilogue;
     return std::find(std::begin(known), std::end(known), epilogue) != std::end(known) &&
            (job.d.batches == 1 || epilogue == CUBLASLT_EPILOGUE_DEFAULT);
@@ -176,7 +173,10 @@ cublasStatus_t describe(Matmul* job, cublasLtHandle_t handle, cublasLtMatmulDesc
     if (!operation || !a || !b || !c || !d) return CUBLAS_STATUS_INVALID_VALUE;
     job->operation = inner<Operation>(operation);
     const Operation& o = job->operation;
-    job->a = inner<Layout>(a), job->b = inner<Layout>(b), job->c = inner<Layout>(c), job->d = inner<Layout>(d);
+    job->a = inner<Layout>(a);
+    job->b = inner<Layout>(b);
+    job->c = inner<Layout>(c);
+    job->d = inner<Layout>(d);
     for (const Layout* layout : {&job->a, &job->b, &job->c, &job->d})
         if (!is_possible(*layout) || layout->batches != job->d.batches) return CUBLAS_STATUS_INVALID_VALUE;
     job->m = o.transpose_a ? job->a.columns : job->a.rows;
@@ -186,8 +186,8 @@ cublasStatus_t describe(Matmul* job, cublasLtHandle_t handle, cublasLtMatmulDesc
                 job->n == job->d.columns && job->c.rows == job->d.rows && job->c.columns == job->d.columns;
     bool apart = job->d.batches == 1 || job->d.stride >= job->d.leading * (int64_t)job->d.columns;
     if (!meet || !apart) return CUBLAS_STATUS_INVALID_VALUE;
-    if (o.pointer_mode != CUBLASLT_POINTER_MODE_HOST || o.transpose_a > CUBLAS_OP_T || o.transpose_b > CUBLAS_OP_T ||
-        !types_are_supported(*job) || !epilogue_is_supported(*job))
+    if (o.transpose_a > CUBLAS_OP_T || o.transpose_b > CUBLAS_OP_T || !types_are_supported(*job) ||
+        !epilogue_is_supported(*job))
         return CUBLAS_STATUS_NOT_SUPPORTED;
     if (uses_bias(o) && !o.bias) return CUBLAS_STATUS_INVALID_VALUE;
     if (o.epilogue & AUX && (!o.aux || o.aux_leading < (int64_t)job->m || o.aux_leading % 8))
@@ -211,22 +211,13 @@ void store(void* p, uint32_t type, size_t i, float value) {
     else ((uint16_t*)p)[i] = bf16_bits(value);
 }
 
-// As a tensor core reads a float: 10 bits of fraction, ties away from zero.
-float as_tf32(float value) {
-    uint32_t bits = bits_of(value);
-    return value - value != 0 ? value : float_of((bits + 0x1000) & ~0x1fffu);
-}
-
-// Panels of `width` rows (k, width), the last filled up with zeros. `along` and `deep`: distance from one row, one k to the next.
-std::vector<float> pack(const char* from, uint32_t type, size_t rows, size_t k, size_t along, size_t deep, size_t width,
-                        bool tf32) {
+// Panels of `width` rows (k, width), the last filled up with zeros. Rows are `along` apart, their k `deep`.
+std::vector<float> pack(const char* from, uint32_t type, size_t rows, size_t k, size_t along, size_t deep,
+                        size_t width) {
     std::vector<float> panels((rows + width - 1) / width * width * k);
     for (size_t row = 0; row < rows; row++) {
         float* to = panels.data() + row / width * width * k + row % width;
-        for (size_t i = 0; i < k; i++) {
-            float value = load(from, type, row * along + i * deep);
-            to[i * width] = tf32 ? as_tf32(value) : value;
-        }
+        for (size_t i = 0; i < k; i++) to[i * width] = load(from, type, row * along + i * deep);
     }
     return panels;
 }
@@ -247,7 +238,8 @@ void multiply_panels(float* tile, size_t leading, const float* a, const float* b
 }
 
 // product (columns of `leading` rows) from all panels, shared out among threads by columns
-void multiply(float* product, size_t leading, const std::vector<float>& a, const std::vector<float>& b, size_t k) {
+void multiply(float* product, size_t leading, const std::vector<float>& a, const std::vector<float>& b,
+              size_t k) {
     size_t panels = b.size() / (WIDE * k);
     size_t workers = a.size() * panels < 1 << 20 ? 1 : std::min(panels, (size_t)options().threads);
     auto work = [&](size_t worker) {
@@ -312,17 +304,19 @@ void use_matrix(const void* p, const Layout& layout, bool write, const char* wha
 // One matrix of the batch.
 void run(const Matmul& job, const char* A, const char* B, const char* C, char* D) {
     const Operation& o = job.operation;
-    bool tf32 = o.compute == CUBLAS_COMPUTE_32F_FAST_TF32, forward = o.epilogue & GELU;
-    size_t lda = (size_t)job.a.leading, ldb = (size_t)job.b.leading, bias = o.epilogue & SUM_B ? job.n : job.m;
+    bool forward = o.epilogue & GELU, ta = o.transpose_a, tb = o.transpose_b;
+    size_t lda = (size_t)job.a.leading, ldb = (size_t)job.b.leading;
+    size_t bias = o.epilogue & SUM_B ? job.n : job.m;
     use_matrix(A, job.a, false, "cublasLtMatmul: A");
     use_matrix(B, job.b, false, "cublasLtMatmul: B");
     if (job.beta != 0) use_matrix(C, job.c, false, "cublasLtMatmul: C");
-    if (uses_bias(o)) use_memory(o.bias, bias * size_of(job.d.type), !(o.epilogue & BIAS), "cublasLtMatmul: bias");
+    if (uses_bias(o))
+        use_memory(o.bias, bias * size_of(job.d.type), !(o.epilogue & BIAS), "cublasLtMatmul: bias");
     if (o.epilogue & AUX)
         use_matrix(o.aux, {job.d.type, job.m, job.n, o.aux_leading, 0, 1}, forward, "cublasLtMatmul: aux");
     use_matrix(D, job.d, true, "cublasLtMatmul: D");
-    std::vector<float> a = pack(A, job.a.type, job.m, job.k, o.transpose_a ? lda : 1, o.transpose_a ? 1 : lda, HIGH, tf32);
-    std::vector<float> b = pack(B, job.b.type, job.n, job.k, o.transpose_b ? 1 : ldb, o.transpose_b ? ldb : 1, WIDE, tf32);
+    std::vector<float> a = pack(A, job.a.type, job.m, job.k, ta ? lda : 1, ta ? 1 : lda, HIGH);
+    std::vector<float> b = pack(B, job.b.type, job.n, job.k, tb ? 1 : ldb, tb ? ldb : 1, WIDE);
     size_t leading = a.size() / job.k;
     std::vector<float> product(leading * (b.size() / job.k));
     multiply(product.data(), leading, a, b, job.k);
@@ -334,8 +328,9 @@ void run(const Matmul& job, const char* A, const char* B, const char* C, char* D
 void run_batch(const Matmul& job) {
     DeviceCode open;
     for (size_t i = 0; i < (size_t)job.d.batches; i++)
-        run(job, job.A + i * job.a.stride * size_of(job.a.type), job.B + i * job.b.stride * size_of(job.b.type),
-            job.C + i * job.c.stride * size_of(job.c.type), job.D + i * job.d.stride * size_of(job.d.type));
+        run(job, job.A + i * job.a.stride * size_of(job.a.type),
+            job.B + i * job.b.stride * size_of(job.b.type), job.C + i * job.c.stride * size_of(job.c.type),
+            job.D + i * job.d.stride * size_of(job.d.type));
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -367,7 +362,8 @@ cublasStatus_t check_pointers(const Matmul& job, const Algorithm& algorithm) {
         if (!aligned(pointers[i], needed)) return CUBLAS_STATUS_NOT_SUPPORTED;
     }
     bool aux = o.epilogue & AUX;
-    if ((uses_bias(o) && !aligned(o.bias, 16)) || (aux && !aligned(o.aux, 16))) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if ((uses_bias(o) && !aligned(o.bias, 16)) || (aux && !aligned(o.aux, 16)))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -386,21 +382,6 @@ cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     delete handle;
     return CUBLAS_STATUS_SUCCESS;
-}
-
-const char* cublasLtGetStatusName(cublasStatus_t status) {
-#define NAME(value) case value: return #value
-    switch (status) {
-        NAME(CUBLAS_STATUS_SUCCESS);
-        NAME(CUBLAS_STATUS_NOT_INITIALIZED);
-        NAME(CUBLAS_STATUS_ALLOC_FAILED);
-        NAME(CUBLAS_STATUS_INVALID_VALUE);
-        NAME(CUBLAS_STATUS_ARCH_MISMATCH);
-        NAME(CUBLAS_STATUS_EXECUTION_FAILED);
-        NAME(CUBLAS_STATUS_INTERNAL_ERROR);
-        NAME(CUBLAS_STATUS_NOT_SUPPORTED);
-    }
-    return "CUBLAS_STATUS_UNKNOWN";
 }
 
 cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* operation, cublasComputeType_t compute,
@@ -438,7 +419,9 @@ cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* prefer
     return create(preference, Preference{0, {256, 256, 256, 256}});
 }
 
-cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) { return destroy(preference); }
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+    return destroy(preference);
+}
 
 cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
                                                     cublasLtMatmulPreferenceAttributes_t attribute,
@@ -469,10 +452,11 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
 
 // Without an algorithm the default preference holds. The workspace is written over, as on a GPU.
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t operation, const void* alpha,
-                              const void* A, cublasLtMatrixLayout_t a, const void* B, cublasLtMatrixLayout_t b,
-                              const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D,
-                              cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo, void* workspace,
-                              size_t workspace_size, cudaStream_t stream) {
+                              const void* A, cublasLtMatrixLayout_t a, const void* B,
+                              cublasLtMatrixLayout_t b, const void* beta, const void* C,
+                              cublasLtMatrixLayout_t c, void* D, cublasLtMatrixLayout_t d,
+                              const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_size,
+                              cudaStream_t stream) {
     Matmul job = {};
     Algorithm algorithm = {ALGORITHM, workspace ? std::min(workspace_size, WORKSPACE) : 0, {16, 16, 16, 16}};
     cublasStatus_t status = describe(&job, handle, operation, a, b, c, d);
@@ -480,11 +464,15 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t oper
     if (!alpha || !beta) return CUBLAS_STATUS_INVALID_VALUE;
     if (algo) algorithm = inner<Algorithm>(algo);
     if (algorithm.mark != ALGORITHM) return CUBLAS_STATUS_INVALID_VALUE;
-    if (algorithm.workspace && (!workspace || workspace_size < algorithm.workspace || !aligned(workspace, 16)))
+    if (algorithm.workspace &&
+        (!workspace || workspace_size < algorithm.workspace || !aligned(workspace, 16)))
         return CUBLAS_STATUS_INVALID_VALUE;
     memcpy(&job.alpha, alpha, sizeof job.alpha);
     memcpy(&job.beta, beta, sizeof job.beta);
-    job.A = (const char*)A, job.B = (const char*)B, job.C = (const char*)C, job.D = (char*)D;
+    job.A = (const char*)A;
+    job.B = (const char*)B;
+    job.C = (const char*)C;
+    job.D = (char*)D;
     status = check_pointers(job, algorithm);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     enqueue(stream, [job, workspace, size = algorithm.workspace] {

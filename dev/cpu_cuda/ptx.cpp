@@ -33,8 +33,8 @@ void add_eight(float* row, const float* a, const float (*b)[8]) {
     for (int j = 0; j < 8; j++) row[j] = (float)sum[j];
 }
 
-// Lane 4 g + t holds of A, C and D the rows g and g + 8, of B the column g; register by register the columns (of B: rows)
-// 2 t and 2 t + 1, then those 8 further on.
+// Lane 4 g + t holds of A, C and D the rows g and g + 8, of B the column g; register by register the columns
+// (of B: rows) 2 t and 2 t + 1, then those 8 further on.
 void multiply(void** arguments, unsigned) {
     float A[16][16], B[16][8], C[16][8];
     for (int lane = 0; lane < WARP; lane++) {
@@ -62,9 +62,10 @@ void multiply(void** arguments, unsigned) {
 
 }  // namespace
 
-void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
-    Place here, float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-    uint32_t b0, uint32_t b1, float c0, float c1, float c2, float c3) {
+void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(Place here, float& d0, float& d1, float& d2,
+                                                         float& d3, uint32_t a0, uint32_t a1, uint32_t a2,
+                                                         uint32_t a3, uint32_t b0, uint32_t b1, float c0,
+                                                         float c1, float c2, float c3) {
     Product part = {{&d0, &d1, &d2, &d3}, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
     warp_together(multiply, &part, ALL_LANES, "mma.sync", here);
 }
@@ -81,7 +82,7 @@ struct Load {                   // a lane's part
     const uint16_t* row;
 };
 
-// Lane 4 g + t receives of each matrix the elements (g, 2 t) and (g, 2 t + 1), transposed (2 t, g) and (2 t + 1, g).
+// Lane 4 g + t receives of each matrix the elements (g, 2 t) and (g, 2 t + 1); transposed, mirrored.
 void distribute(void** arguments, unsigned) {
     for (int lane = 0; lane < WARP; lane++) {
         const Load& mine = *(const Load*)arguments[lane];
@@ -115,11 +116,10 @@ void load_matrices(Place here, uint32_t* const* registers, int count, bool trans
 
 void copy_async(Place here, uint32_t to, const void* from, int size, unsigned bytes, bool bypasses_l1) {
     if (size != 16 && (bypasses_l1 || (size != 8 && size != 4)))
-        stop(here, "cp.async: found a size of %d bytes, expected %s", size, bypasses_l1 ? "16" : "4, 8 or 16");
-    if (bytes > (unsigned)size) stop(here, "cp.async: found %u bytes of source, expected at most %d", bytes, size);
+        stop(here, "cp.async: found %d bytes, expected %s", size, bypasses_l1 ? "16" : "4, 8 or 16");
+    if (bytes > (unsigned)size) stop(here, "cp.async: found %u bytes of source for %d", bytes, size);
     if (to % size || (uintptr_t)from % size)
-        stop(here, "cp.async: %s %p is not a multiple of %d", to % size ? "the destination's address" : "the source",
-             to % size ? (void*)(uintptr_t)to : from, size);
+        stop(here, "cp.async: the %s is not a multiple of %d", to % size ? "destination" : "source", size);
     void* destination = shared_pointer(to, size, here);
     const Allocation* source = find_allocation(from);
     if (bytes && checking) check::access(from, bytes, check::READ, here);

@@ -1,5 +1,6 @@
-// cublasLt.h: the matrix products of cuBLASLt that a trainer uses, named and valued as in NVIDIA's header. What is not
-// here does not compile; a combination that is not done here returns CUBLAS_STATUS_NOT_SUPPORTED. See blas.cpp.
+// cublasLt.h: the matrix products of cuBLASLt that a trainer uses, named and valued as in NVIDIA's header.
+// What is not here does not compile; a combination that is not done here returns CUBLAS_STATUS_NOT_SUPPORTED.
+// See blas.cpp.
 
 #pragma once
 
@@ -33,13 +34,7 @@ typedef enum {
 
 typedef enum {
     CUBLAS_COMPUTE_32F = 68,
-    CUBLAS_COMPUTE_32F_FAST_TF32 = 77,
 } cublasComputeType_t;
-
-typedef enum {
-    CUBLASLT_POINTER_MODE_HOST = 0,
-    CUBLASLT_POINTER_MODE_DEVICE = 1,
-} cublasLtPointerMode_t;
 
 typedef enum {
     CUBLASLT_EPILOGUE_DEFAULT = 1,
@@ -64,9 +59,6 @@ typedef enum {
 } cublasLtMatrixLayoutAttribute_t;
 
 typedef enum {
-    CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0,
-    CUBLASLT_MATMUL_DESC_SCALE_TYPE = 1,
-    CUBLASLT_MATMUL_DESC_POINTER_MODE = 2,
     CUBLASLT_MATMUL_DESC_TRANSA = 3,
     CUBLASLT_MATMUL_DESC_TRANSB = 4,
     CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
@@ -104,7 +96,6 @@ typedef struct {
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle);
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle);
-const char* cublasLtGetStatusName(cublasStatus_t status);
 
 cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* operation, cublasComputeType_t compute,
                                         cudaDataType_t scale);
@@ -134,9 +125,10 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
 
 // D = epilogue(alpha op(A) op(B) + beta C), matrices by columns
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t operation, const void* alpha,
-                              const void* A, cublasLtMatrixLayout_t a, const void* B, cublasLtMatrixLayout_t b,
-                              const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D,
-                              cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo, void* workspace,
-                              size_t workspace_size, cudaStream_t stream);
+                              const void* A, cublasLtMatrixLayout_t a, const void* B,
+                              cublasLtMatrixLayout_t b, const void* beta, const void* C,
+                              cublasLtMatrixLayout_t c, void* D, cublasLtMatrixLayout_t d,
+                              const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_size,
+                              cudaStream_t stream);
 
 }  // extern "C"

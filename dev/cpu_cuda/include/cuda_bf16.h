@@ -1,5 +1,5 @@
-// cuda_bf16.h: bfloat16 as NVIDIA's header of this name has it, the part that a trainer uses: the same bits, the
-// same implicit conversions. test/test_nvidia.sh compares the two.
+// cuda_bf16.h: bfloat16 as NVIDIA's header of this name has it, the part that a trainer uses: the same bits,
+// the same implicit conversions. test/test_nvidia.sh compares the two.
 
 #pragma once
 
@@ -44,8 +44,7 @@ inline unsigned short bf16_bits(float value, Rounding rounding = TO_NEAREST) {
     return (unsigned short)((bits >> 16) + away);
 }
 
-// A float for bf16_bits that stands for x: what is inexact ends in 1, so the second rounding sees no tie where none
-// is.
+// A float for bf16_bits that stands for x: an inexact one ends in 1, so that the second rounding sees no tie.
 inline float to_odd(long double x) {
     float value = (float)x;
     if (value != value || value == x) return value;
@@ -130,7 +129,7 @@ inline __nv_bfloat16 __float2bfloat16_ru(const float a) {
     return __ushort_as_bfloat16(cpu_cuda::bf16_bits(a, cpu_cuda::UP));
 }
 
-// float has more than twice the digits: a sum, product or quotient rounded to float first is still rightly rounded.
+// float has more than twice the digits: a result rounded to it first is still rightly rounded.
 #define CPU_CUDA_TWO const __nv_bfloat16 &a, const __nv_bfloat16 &b
 #define CPU_CUDA_BINARY(name, sign)                                                             \
     inline __nv_bfloat16 name(const __nv_bfloat16 a, const __nv_bfloat16 b) {                   \

@@ -24,14 +24,16 @@ static float* counted(int count) {
 
 static __device__ uint32_t load_x1(unsigned at) {
     uint32_t r;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(at));   // HERE row_stride below
+    asm volatile(                                   // HERE row_stride below
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(at));
     return r;
 }
 
 static __device__ uint32_t load_x4(unsigned at) {
     uint32_t r[4];
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"     // HERE odd_row past_end
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+    asm volatile(                                   // HERE odd_row past_end
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
     return r[0] ^ r[1] ^ r[2] ^ r[3];
 }
 
@@ -55,7 +57,8 @@ __global__ void dynamic_offset(uint32_t* out) { // a table of 9 floats before th
     extern __shared__ __align__(16) char memory[];
     uint32_t r, s;
     unsigned at = shared_at(memory + 9 * sizeof(float) + threadIdx.x % 16 * 16);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r), "=r"(s) : "r"(at));  // HERE dynamic_offset
+    asm volatile(                                   // HERE dynamic_offset
+        "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r), "=r"(s) : "r"(at));
     out[threadIdx.x] = r + s;
 }
 
@@ -64,7 +67,7 @@ __global__ void global_row(uint32_t* out) {
     out[threadIdx.x] = load_x1((unsigned)__cvta_generic_to_shared(out));        // HERE global_row
 }
 
-// CASE past_end plain,check: are not within the block's shared memory
+// CASE past_end plain,check: not within shared memory of this block
 __global__ void past_end(uint32_t* out) {       // 16 rows where four matrices need 32
     __shared__ __align__(16) uint16_t rows[16][8];
     for (int i = 0; i < 8 && threadIdx.x < 16; i++) rows[threadIdx.x][i] = 0;
@@ -72,7 +75,7 @@ __global__ void past_end(uint32_t* out) {       // 16 rows where four matrices n
     out[threadIdx.x] = load_x4(shared_at(rows[0]) + threadIdx.x * 16);
 }
 
-// CASE below plain: are not within the block's shared memory
+// CASE below plain: not within shared memory of this block
 __global__ void below(uint32_t* out) {          // the low half of a global pointer as an address
     out[threadIdx.x] = load_x1((unsigned)(uintptr_t)out & ~15u);
 }
@@ -81,7 +84,8 @@ __global__ void below(uint32_t* out) {          // the low half of a global poin
 // cp.async
 
 static __device__ void copy16(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_at(to)), "l"(from));  // HERE shifted_to shifted_from source_past_end
+    asm volatile(                                   // HERE shifted_to shifted_from source_past_end
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_at(to)), "l"(from));
 }
 static __device__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int groups>
@@ -109,8 +113,10 @@ __global__ void shifted_from(const float* in, float* out) {     // the second ro
 // CASE shifted_pair plain: is not a multiple of 8
 __global__ void shifted_pair(const float* in, float* out) {
     __shared__ __align__(16) float s[LANES * 2];
+    unsigned to = shared_at(s + threadIdx.x * 2);
     for (int i = 0; i < 2; i++)
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_at(s + threadIdx.x * 2)), "l"(in + threadIdx.x * 2 + i));    // HERE shifted_pair
+        asm volatile(                               // HERE shifted_pair
+            "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(in + threadIdx.x * 2 + i));
     out[threadIdx.x] = 0;
 }
 
@@ -172,7 +178,8 @@ static __device__ float multiply(void) {
     float d[4] = {};
     uint32_t zero = 0;
     asm volatile(                                   // HERE half_warp exited
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%4,%4,%4}, {%4,%4}, {%0,%1,%2,%3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%4,%4,%4}, {%4,%4}, "
+        "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(zero));
     return d[0];
 }
@@ -198,7 +205,8 @@ __global__ void in_branch(float* out) {
 // d (m, n) = a (m, k) b (k, n), with so many floats behind each pointer
 static void multiply_with(int room_a, int room_b, int room_d, int room_bias) {
     enum { M = 64, N = 32, K = 48 };
-    float one = 1, zero = 0, *a = counted(room_a), *b = counted(room_b), *d = counted(room_d), *bias = counted(room_bias);
+    float *a = counted(room_a), *b = counted(room_b), *d = counted(room_d), *bias = counted(room_bias);
+    float one = 1, zero = 0;
     cublasLtHandle_t handle;
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t la, lb, ld;
@@ -210,7 +218,8 @@ static void multiply_with(int room_a, int room_b, int room_d, int room_bias) {
     cublasLtMatrixLayoutCreate(&la, CUDA_R_32F, M, K, M);
     cublasLtMatrixLayoutCreate(&lb, CUDA_R_32F, K, N, K + 4);
     cublasLtMatrixLayoutCreate(&ld, CUDA_R_32F, M, N, M);
-    cublasStatus_t status = cublasLtMatmul(handle, operation, &one, a, la, b, lb, &zero, d, ld, d, ld, NULL, NULL, 0, 0);  // HERE short_a short_b short_d short_bias
+    cublasStatus_t status = cublasLtMatmul(         // HERE short_a short_b short_d short_bias
+        handle, operation, &one, a, la, b, lb, &zero, d, ld, d, ld, NULL, NULL, 0, 0);
     expect(status == CUBLAS_STATUS_SUCCESS);
 }
 

