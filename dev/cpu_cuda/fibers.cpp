@@ -686,12 +686,20 @@ static int source_lane(const Shuffle* s, int lane) {
     return source >= first + s->width ? lane : source;
 }
 
+static void copy_value(void* to, const void* from, size_t size) {
+    if (size == 4) {                            // most are, and this is no call
+        memcpy(to, from, 4);
+    } else {
+        memcpy(to, from, size);
+    }
+}
+
 static void shuffle_lanes(void** arguments, unsigned lanes) {
     char values[WARP][16];
     Shuffle** shuffles = (Shuffle**)arguments;
     for (unsigned m = lanes; m; m &= m - 1) {
         int lane = __builtin_ctz(m);
-        memcpy(values[lane], shuffles[lane]->value, shuffles[lane]->size);
+        copy_value(values[lane], shuffles[lane]->value, shuffles[lane]->size);
     }
     for (unsigned m = lanes; m; m &= m - 1) {
         int lane = __builtin_ctz(m);
@@ -700,7 +708,7 @@ static void shuffle_lanes(void** arguments, unsigned lanes) {
         if (!(lanes >> source & 1))
             stop(s->place, "%s: lane %d reads lane %d, which takes no part (mask 0x%08x)", s->what, lane,
                  source, lanes);
-        memcpy(s->value, values[source], s->size);
+        copy_value(s->value, values[source], s->size);
     }
 }
 
