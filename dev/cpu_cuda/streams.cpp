@@ -1,11 +1,13 @@
 // streams.cpp: streams, events, launching, errors, devices.
 //
-// Without `lazy`, work runs when it is enqueued, so all before it has run. Under `lazy` it waits in its stream
-// until something forces it, and brings what must come first in other streams (an event, the default
+// Without `lazy`, work runs when it is enqueued, so all before it has run. Under `lazy` it waits in its
+// stream until something forces it, and brings what must come first in other streams (an event, the default
 // stream). As little as allowed runs, as late as allowed: a program that forgot to synchronise sees old data.
 
 #include "runtime.h"
 
+#include <pthread.h>
+#include <sched.h>
 #include <time.h>
 
 #include <algorithm>
@@ -45,6 +47,7 @@ struct CUstream_st {
     int priority = 0;
     std::deque<cpu_cuda::Operation> waiting;
     unsigned long long issued = 0, done = 0;
+    bool running = false;               // an operation that lets other host threads call, as NCCL's do
 };
 
 struct CUevent_st {
@@ -95,23 +98,29 @@ void run_until(Dependency point);
 // Runs the first operation that waits in the stream, after what must come before it.
 void run_next(CUstream_st* stream) {
     std::vector<Dependency> after = stream->waiting.front().after;
+    unsigned long long turn = stream->done;
     for (const Dependency& point : after) run_until(point);
+    if (stream->running || stream->done != turn) return;        // meanwhile another host thread took it
     Operation operation = std::move(stream->waiting.front());
     stream->waiting.pop_front();
+    stream->running = true;
     operation.work();
+    stream->running = false;
     stream->done++;
 }
 
 void run_until(Dependency point) {
-    while (point.stream->done < point.count) run_next(point.stream);
+    while (point.stream->done < point.count) point.stream->running ? let_others_call() : run_next(point.stream);
 }
 
 std::vector<CUstream_st*> busy_streams() {
     std::vector<CUstream_st*> busy;
     Streams& s = streams();
-    if (!s.legacy.waiting.empty()) busy.push_back(&s.legacy);
-    for (auto& stream : s.all)
-        if (!stream->waiting.empty()) busy.push_back(stream.get());
+    auto add = [&](CUstream_st& stream) {
+        if (!stream.running && !stream.waiting.empty()) busy.push_back(&stream);
+    };
+    add(s.legacy);
+    for (auto& stream : s.all) add(*stream);
     return busy;
 }
 
@@ -125,7 +134,8 @@ unsigned next_random(unsigned count) {
 void force(Dependency point) {
     while (point.stream->done < point.count) {
         auto busy = busy_streams();
-        run_next(options().order == RANDOM ? busy[next_random((unsigned)busy.size())] : point.stream);
+        if (point.stream->running) let_others_call();
+        else run_next(options().order == RANDOM ? busy[next_random((unsigned)busy.size())] : point.stream);
     }
 }
 
@@ -149,8 +159,10 @@ std::vector<Dependency> implied(CUstream_st* stream) {
     if (stream->flags & cudaStreamNonBlocking) return {};
     if (stream != &s.legacy) return {all_of(&s.legacy)};
     std::vector<Dependency> after;
-    for (CUstream_st* other : busy_streams())
-        if (other != stream && !(other->flags & cudaStreamNonBlocking)) after.push_back(all_of(other));
+    for (auto& other : s.all) {
+        bool pending = other->done < other->issued;
+        if (pending && !(other->flags & cudaStreamNonBlocking)) after.push_back(all_of(other.get()));
+    }
     return after;
 }
 
@@ -169,6 +181,13 @@ Dependency add(CUstream_st* stream, std::function<void()> work, const Dependency
 }
 
 }  // namespace
+
+void let_others_call() {
+    int depth = 0;
+    while (pthread_mutex_unlock(runtime_lock().native_handle()) == 0) depth++;
+    sched_yield();
+    while (depth-- > 0) runtime_lock().lock();
+}
 
 bool stream_exists(cudaStream_t stream) {
     Lock lock(runtime_lock());
@@ -442,8 +461,8 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
     Lock lock(runtime_lock());
     CUstream_st* found = find(stream);
     if (!found) return remember(cudaErrorInvalidResourceHandle);
-    if (found->waiting.empty()) return cudaSuccess;
-    run_next(found);
+    if (found->done == found->issued) return cudaSuccess;
+    if (!found->running) run_next(found);
     return remember(cudaErrorNotReady);
 }
 
@@ -499,7 +518,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
     Lock lock(runtime_lock());
     if (!find(event)) return remember(cudaErrorInvalidResourceHandle);
     if (!event->record || event->record->done) return cudaSuccess;
-    run_next(event->record->point.stream);
+    if (!event->record->point.stream->running) run_next(event->record->point.stream);
     return remember(cudaErrorNotReady);
 }
 
