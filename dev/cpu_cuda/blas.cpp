@@ -475,6 +475,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t oper
     job.D = (char*)D;
     status = check_pointers(job, algorithm);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
+    std::lock_guard<std::recursive_mutex> lock(runtime_lock());
+    if (!stream_exists(stream)) return CUBLAS_STATUS_EXECUTION_FAILED;
     enqueue(stream, [job, workspace, size = algorithm.workspace] {
         DeviceCode open;
         if (size) use_memory(workspace, size, true, "cublasLtMatmul: workspace");

@@ -79,6 +79,7 @@ struct Call {                                   // everything that a call takes,
     cublasLtMatrixLayout_t a, b, c, d;
     cublasLtMatmulPreference_t preference;
     size_t workspace_size;
+    cudaStream_t stream;
 };
 
 static cublasLtMatrixLayout_t layout_of(const Matrix& x, int batches) {
@@ -117,6 +118,7 @@ static Call prepare(const Problem& p, const Matrix& a, const Matrix& b, const Ma
     BLAS(cublasLtMatmulPreferenceSetAttribute(call.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                               &size, sizeof size));
     call.workspace_size = WORKSPACE;
+    call.stream = 0;
     return call;
 }
 
@@ -129,7 +131,7 @@ static cublasStatus_t perform(const Call& call, const Problem& p, const void* A,
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     float alpha = p.alpha, beta = p.beta;
     status = cublasLtMatmul(handle, call.operation, &alpha, A, call.a, B, call.b, &beta, D, call.c, D, call.d,
-                            &result.algo, workspace, call.workspace_size, 0);
+                            &result.algo, workspace, call.workspace_size, call.stream);
     alpha = beta = NAN;                         // they are read during the call
     return status;
 }
@@ -282,6 +284,8 @@ static void test_refusals(void) {
                   set(c.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)20)) == invalid);
     CHECK(SPOILED(EPILOGUE(2)) == unsupported);
     CHECK(SPOILED(c.workspace_size = 16) == invalid);
+    CHECK(SPOILED(OK(cudaStreamCreate(&c.stream)); OK(cudaStreamDestroy(c.stream))) ==
+          CUBLAS_STATUS_EXECUTION_FAILED);
     CHECK(spoiled([](Call&) {}, 2) == unsupported);             // although 256 bytes are promised
     auto promise_2 = [](Call& c) {
         uint32_t bytes = 2;
