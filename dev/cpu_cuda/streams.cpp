@@ -110,7 +110,10 @@ void run_next(CUstream_st* stream) {
 }
 
 void run_until(Dependency point) {
-    while (point.stream->done < point.count) point.stream->running ? let_others_call() : run_next(point.stream);
+    while (point.stream->done < point.count) {
+        if (point.stream->running) let_others_call();
+        else run_next(point.stream);
+    }
 }
 
 std::vector<CUstream_st*> busy_streams() {
