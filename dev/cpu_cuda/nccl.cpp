@@ -2,23 +2,21 @@
 //
 //     Region (who is here, what went wrong) | Mailbox[from][to], 64 KB each
 //
-// An ncclUniqueId is its name, which vanishes as soon as all ranks have joined. A call becomes steps, and the
-// transfers of a step go side by side. Each message carries its sender's call, so a rank sees when another
-// called something else. Each rank holds a file lock on its byte of the region: the kernel drops it when the
-// process ends, however it ends.
+// An ncclUniqueId is its name, which vanishes as soon as all ranks have joined. A call becomes transfers
+// into and out of mailboxes, one's own too, that go side by side. Each message carries its sender's call, so
+// a rank sees when another called something else. Each rank holds a file lock on its byte of the region: the
+// kernel drops it when the process ends, however it ends.
 
 #include "include/nccl.h"
 #include "runtime.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/futex.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <sys/random.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -33,76 +31,52 @@ using namespace cpu_cuda;
 
 namespace {
 
-constexpr int MAX_RANKS = 32, TICK_MS = 5;
+constexpr int MAX_RANKS = 32;
 constexpr size_t CHUNK = 64 << 10;
-const char NAME[] = "/cpu_cuda_nccl.";
-
-thread_local char last_error[1024];
-
-ncclResult_t refuse(ncclResult_t code, const char* format, ...) __attribute__((format(printf, 2, 3)));
-ncclResult_t refuse(ncclResult_t code, const char* format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(last_error, sizeof last_error, format, arguments);
-    va_end(arguments);
-    return code;
-}
+const std::string NAME = "/cpu_cuda_nccl.";
 
 // ------------------------------------------------------------------------------------------------
-// Reductions: in the order of the ranks; bf16 in fp32, rounded once.
+// Reductions: in the order of the ranks; bf16 in fp32, rounded once. An average of floating-point numbers
+// scales before it sums, as NCCL does; of integers it divides last.
 
-template <class W>
-W combine(ncclRedOp_t op, W a, W b) {
-    if constexpr (std::is_integral_v<W>) {
-        if (op == ncclMax) return std::max(a, b);
-        if (op == ncclMin) return std::min(a, b);
-        return (W)(op == ncclProd ? (uint64_t)a * (uint64_t)b : (uint64_t)a + (uint64_t)b);     // wraps
-    } else {
-        if (op == ncclMax) return std::fmax(a, b);
-        if (op == ncclMin) return std::fmin(a, b);
-        return op == ncclProd ? a * b : a + b;
-    }
-}
-
-// An average of floating-point numbers scales before it sums, as NCCL does; of integers it divides last.
 template <class T>
 void reduce(char* out, const char* const* parts, int ranks, size_t size, ncclRedOp_t op) {
-    typedef std::conditional_t<std::is_same_v<T, __nv_bfloat16>, float, T> W;
-    constexpr bool whole = std::is_integral_v<W>;
+    constexpr bool whole = std::is_integral_v<T>;
+    typedef std::conditional_t<whole || sizeof(T) == sizeof(double), double, float> W;
     W scale = op == ncclAvg && !whole ? (W)1 / (W)ranks : (W)1;
     for (size_t i = 0; i < size / sizeof(T); i++) {
-        W sum = (W)((const T*)parts[0])[i] * scale;
-        for (int r = 1; r < ranks; r++) sum = combine<W>(op, sum, (W)((const T*)parts[r])[i] * scale);
-        if (op == ncclAvg && whole) sum = (W)(sum / (W)ranks);
-        ((T*)out)[i] = (T)sum;
+        W result = (W)((const T*)parts[0])[i] * scale;
+        for (int r = 1; r < ranks; r++) {
+            W value = (W)((const T*)parts[r])[i] * scale;
+            bool extreme = op == ncclMax || op == ncclMin;
+            if (!extreme) result += value;
+            else result = op == ncclMax ? std::fmax(result, value) : std::fmin(result, value);
+        }
+        if constexpr (whole) ((T*)out)[i] = (T)(int64_t)(op == ncclAvg ? result / ranks : result);
+        else ((T*)out)[i] = (T)result;
     }
 }
-
-// ------------------------------------------------------------------------------------------------
-// Calls
 
 const struct {
     const char* name;
     size_t size;
     void (*reduce)(char* out, const char* const* parts, int ranks, size_t size, ncclRedOp_t op);
 } types[ncclNumTypes] = {
-    {"ncclInt8", 1, reduce<int8_t>},
+    {},
     {"ncclUint8", 1, reduce<uint8_t>},
     {"ncclInt32", 4, reduce<int32_t>},
-    {"ncclUint32", 4, reduce<uint32_t>},
-    {"ncclInt64", 8, reduce<int64_t>},
-    {"ncclUint64", 8, reduce<uint64_t>},
-    {"ncclFloat16", 2, nullptr},
+    {}, {}, {}, {},
     {"ncclFloat32", 4, reduce<float>},
     {"ncclFloat64", 8, reduce<double>},
     {"ncclBfloat16", 2, reduce<__nv_bfloat16>},
-    {"ncclFloat8e4m3", 1, nullptr},
-    {"ncclFloat8e5m2", 1, nullptr},
 };
 
-const char* const operations[ncclNumOps] = {"ncclSum", "ncclProd", "ncclMax", "ncclMin", "ncclAvg"};
+const char* const operations[ncclNumOps] = {"ncclSum", nullptr, "ncclMax", "ncclMin", "ncclAvg"};
 
-enum Kind { ALL_REDUCE, REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, SEND, RECV };
+// ------------------------------------------------------------------------------------------------
+// Calls
+
+enum Kind { ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, SEND, RECV };
 
 const struct {
     const char* name;
@@ -110,7 +84,6 @@ const struct {
     const char* role;                   // of the rank that it names
 } kinds[] = {
     {"ncclAllReduce", true, true, nullptr},
-    {"ncclReduce", true, false, "root"},
     {"ncclReduceScatter", true, false, nullptr},
     {"ncclAllGather", false, true, nullptr},
     {"ncclBroadcast", false, true, "root"},
@@ -129,7 +102,7 @@ struct Signature {                      // what a rank asked for
 
     size_t size() const { return count * types[type].size; }
 
-    // Where rank r's block begins in what so many ranks scatter or gather. A root's is all of it.
+    // Where rank r's block begins in what so many ranks scatter or gather. The root's is all of it.
     size_t block(int r, int ranks) const {
         if (kind == ALL_REDUCE) return count * (size_t)r / (size_t)ranks * types[type].size;
         return kinds[kind].role ? (r > root ? size() : 0) : size() * (size_t)r;
@@ -146,8 +119,8 @@ struct Signature {                      // what a rank asked for
     }
     // "ncclBroadcast(count 5, ncclInt32, root 0) at file.cu:7"
     std::string text() const {
-        std::string s = kinds[kind].name;
-        s += "(count " + std::to_string(count) + ", " + types[type].name;
+        std::string s = std::string(kinds[kind].name) + "(count " + std::to_string(count);
+        s = s + ", " + types[type].name;
         if (kinds[kind].reduces) s = s + ", " + operations[op];
         if (kinds[kind].role) s = s + ", " + kinds[kind].role + " " + std::to_string(root);
         return s + ") at " + file + ":" + std::to_string(line);
@@ -155,24 +128,29 @@ struct Signature {                      // what a rank asked for
 };
 
 // ------------------------------------------------------------------------------------------------
-// The shared region
+// Communicators
 
 struct alignas(64) Mailbox {
-    std::atomic<unsigned> full;
+    std::atomic<bool> full;
     Signature call;                     // the sender's
     alignas(64) char data[CHUNK];
 };
 
-constexpr unsigned FAILED = 2;
+constexpr int FAILED = 2;
 
 struct alignas(64) Region {
-    std::atomic<unsigned> ranks, joined;
-    std::atomic<unsigned> failed;       // 1 while the message is written, then FAILED + code
+    std::atomic<int> ranks, joined;
+    std::atomic<int> failed;            // 1 while the message is written, then FAILED + code
     char message[1024];
-    struct {
-        std::atomic<unsigned> here, bell;
-    } rank[MAX_RANKS];
+    std::atomic<bool> here[MAX_RANKS];
 };
+
+thread_local std::string last_error;
+
+ncclResult_t refuse(ncclResult_t code, const std::string& text) {
+    last_error = text;
+    return code;
+}
 
 }  // namespace
 
@@ -180,231 +158,218 @@ struct ncclComm {
     int rank, ranks, file = -1;
     Region* region = nullptr;
     std::atomic<ncclResult_t> error{ncclSuccess};
-    std::shared_ptr<CUevent_st> done;   // after its last call
     std::shared_ptr<ncclComm> self;     // until ncclCommDestroy; a call under way keeps it too
 
     ncclComm(int rank, int ranks) : rank(rank), ranks(ranks) {}
     ~ncclComm() {
         if (region) munmap(region, size());
-        if (file >= 0) close(file);
+        close(file);
     }
     size_t size() const { return sizeof(Region) + (size_t)(ranks * ranks) * sizeof(Mailbox); }
     Mailbox& mail(int from, int to) const { return ((Mailbox*)(region + 1))[from * ranks + to]; }
-    std::atomic<unsigned>& bell(int r) const { return region->rank[r].bell; }
 
-    void ring(int r) {
-        bell(r)++;
-        syscall(SYS_futex, &bell(r), FUTEX_WAKE, 1, nullptr, nullptr, 0);
-    }
-    // A rank's lock, which it holds while it lives: takes or drops it (F_OFD_SETLK), or asks (F_OFD_GETLK).
-    bool lock(int command, short* type, int r) const {
+    // A rank holds its lock while it lives. True: it is taken now (F_OFD_SETLK), or free (F_OFD_GETLK).
+    bool lock(int command, int r) const {
         struct flock lock = {};
-        lock.l_type = *type;
-        lock.l_whence = SEEK_SET;
+        lock.l_type = F_WRLCK;
         lock.l_start = r;
         lock.l_len = 1;
-        bool done = fcntl(file, command, &lock) == 0;
-        *type = lock.l_type;
-        return done;
-    }
-    bool is_gone(int r) const {
-        short type = F_WRLCK;
-        return r != rank && lock(F_OFD_GETLK, &type, r) && type == F_UNLCK;
+        return fcntl(file, command, &lock) == 0 && (command == F_OFD_SETLK || lock.l_type == F_UNLCK);
     }
     // The first message ends the communicator for all its ranks.
-    void publish(ncclResult_t code, const char* format, ...) __attribute__((format(printf, 3, 4))) {
-        unsigned none = 0;
+    void publish(ncclResult_t code, const std::string& text) {
+        int none = 0;
         if (!region->failed.compare_exchange_strong(none, 1)) return;
-        va_list arguments;
-        va_start(arguments, format);
-        vsnprintf(region->message, sizeof region->message, format, arguments);
-        va_end(arguments);
+        snprintf(region->message, sizeof region->message, "%s", text.c_str());
         region->failed = FAILED + code;
-        for (int r = 0; r < ranks; r++) ring(r);
     }
     // What somebody published becomes this rank's error; calls that do not belong together stop it.
-    bool has_failed(const Signature* call) {
-        unsigned failed = region->failed;
-        ncclResult_t none = ncclSuccess;
-        if (failed >= FAILED && error.compare_exchange_strong(none, (ncclResult_t)(failed - FAILED))) {
-            refuse(error, "%s", region->message);
-            Place here = call ? Place{call->file, call->line} : Place{};
-            if (call && error == ncclInvalidUsage) stop(here, "rank %d: %s", rank, last_error);
-            fprintf(stderr, "cpu_cuda: rank %d of %d: %s\n", rank, ranks, last_error);
+    bool has_failed(Place here) {
+        int failed = region->failed;
+        ncclResult_t none = ncclSuccess, code = failed < FAILED ? none : (ncclResult_t)(failed - FAILED);
+        if (code != none && error.compare_exchange_strong(none, code)) {
+            if (code == ncclInvalidUsage) stop(here, "%s", region->message);
+            fprintf(stderr, "cpu_cuda: rank %d: %s\n", rank, region->message);
+            refuse(code, region->message);
         }
         return error != ncclSuccess;
+    }
+    bool is_gone(int r) const { return r != rank && region->here[r] && lock(F_OFD_GETLK, r); }
+
+    // Publishes that rank r is gone, or else late; `waiting` is the call that waits for it.
+    void miss(int r, const std::string& waiting, bool gone) {
+        const Mailbox& box = mail(r, rank);
+        std::string text = "rank " + std::to_string(rank) + " waits in " + waiting;
+        text += " for rank " + std::to_string(r);
+        if (!gone) text += " (CPU_CUDA=timeout=" + std::to_string(options().timeout) + ")";
+        text += gone ? ", which has ended or left" : box.full ? ", which is in " + box.call.text() : "";
+        publish(ncclRemoteError, text);
     }
 };
 
 namespace {
 
-// While one lives, other threads may call the runtime: they may be the ranks that this one waits for.
-struct Unlocked {
-    int depth = 0;
-    Unlocked() {
+// Waiting for other ranks, first briefly, then longer. They may be threads, who call the runtime meanwhile.
+struct Patience {
+    std::chrono::steady_clock::time_point end = std::chrono::steady_clock::now();
+    int naps = 0;
+
+    Patience() { end += std::chrono::seconds(options().timeout); }
+    bool ended() const { return std::chrono::steady_clock::now() > end; }
+
+    // True: time to look for who is missing.
+    bool nap() {
+        int depth = 0;
         while (pthread_mutex_unlock(runtime_lock().native_handle()) == 0) depth++;
-    }
-    ~Unlocked() {
+        if (++naps < 100) sched_yield();
+        else usleep((useconds_t)std::min(naps, 1000));
         while (depth--) runtime_lock().lock();
+        return naps > 100 && naps % 8 == 0;
     }
 };
-
-// Until the rank's bell rings, for a tick at most. False: it did not.
-bool sleep_until_rung(const ncclComm& comm, unsigned seen) {
-    Unlocked unlocked;
-    timespec tick = {0, TICK_MS * 1000000};
-    long rung = syscall(SYS_futex, &comm.bell(comm.rank), FUTEX_WAIT, seen, &tick, nullptr, 0);
-    return rung == 0 || errno == EAGAIN;
-}
-
-struct Deadline {
-    typedef std::chrono::steady_clock Clock;
-    Clock::time_point at = Clock::now() + std::chrono::seconds(options().timeout);
-    bool passed() const { return Clock::now() > at; }
-};
-
-// ------------------------------------------------------------------------------------------------
-// Joining
 
 ncclResult_t open_region(ncclComm& comm, const char* name) {
     comm.file = shm_open(name, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    if (comm.file < 0) return refuse(ncclSystemError, "shm_open %s: %s", name, strerror(errno));
     // It never shrinks the file, and a full /dev/shm shows here.
-    int error = posix_fallocate(comm.file, 0, (off_t)comm.size());
-    if (error) return refuse(ncclSystemError, "%zu bytes in /dev/shm: %s", comm.size(), strerror(error));
+    int error = comm.file < 0 ? errno : posix_fallocate(comm.file, 0, (off_t)comm.size());
+    if (error) return refuse(ncclSystemError, std::string("no room in /dev/shm: ") + strerror(error));
     void* at = mmap(nullptr, comm.size(), PROT_READ | PROT_WRITE, MAP_SHARED, comm.file, 0);
-    if (at == MAP_FAILED) return refuse(ncclSystemError, "mmap: %s", strerror(errno));
+    if (at == MAP_FAILED) return refuse(ncclSystemError, "no address range for shared memory");
     comm.region = (Region*)at;
     return ncclSuccess;
-}
-
-void take_place(ncclComm& comm, const char* name) {
-    unsigned ranks = 0;
-    short exclusive = F_WRLCK;
-    comm.region->ranks.compare_exchange_strong(ranks, (unsigned)comm.ranks);
-    if (ranks != 0 && ranks != (unsigned)comm.ranks) {
-        comm.publish(ncclInvalidArgument, "rank %d says nranks %d, another %u", comm.rank, comm.ranks, ranks);
-    } else if (!comm.lock(F_OFD_SETLK, &exclusive, comm.rank)) {
-        comm.publish(ncclInvalidArgument, "rank %d is there twice", comm.rank);
-    } else {
-        comm.region->rank[comm.rank].here = 1;
-        if (++comm.region->joined == (unsigned)comm.ranks) shm_unlink(name);
-        for (int r = 0; r < comm.ranks; r++) comm.ring(r);
-    }
 }
 
 // Returns when all ranks are there, or when it is clear that they will not be.
 ncclResult_t join(ncclComm& comm, const char* name) {
     ncclResult_t result = open_region(comm, name);
-    if (result == ncclSuccess) take_place(comm, name);
-    Deadline deadline;
-    while (result == ncclSuccess) {
-        unsigned seen = comm.bell(comm.rank);
-        if (comm.region->joined == (unsigned)comm.ranks) return ncclSuccess;
-        if (comm.has_failed(nullptr)) result = comm.error;
-        else if (sleep_until_rung(comm, seen)) continue;
+    if (result != ncclSuccess) return result;
+    int ranks = 0;
+    bool same = comm.region->ranks.compare_exchange_strong(ranks, comm.ranks) || ranks == comm.ranks;
+    if (!same || !comm.lock(F_OFD_SETLK, comm.rank)) {
+        std::string who = std::to_string(comm.rank) + " of " + std::to_string(comm.ranks);
+        comm.publish(ncclInvalidArgument, "rank " + who + " was there, or another counts other ranks");
+    } else {
+        comm.region->here[comm.rank] = true;
+        if (++comm.region->joined == comm.ranks) shm_unlink(name);
+    }
+    Patience patience;
+    while (comm.region->joined < comm.ranks && !comm.has_failed({})) {
+        if (!patience.nap()) continue;
         for (int r = 0; r < comm.ranks; r++) {
-            bool came = comm.region->rank[r].here;
-            if (came && comm.is_gone(r)) {
-                comm.publish(ncclRemoteError, "rank %d ended before all had joined", r);
-            } else if (!came && deadline.passed()) {
-                int limit = options().timeout;
-                comm.publish(ncclRemoteError, "rank %d did not join (CPU_CUDA=timeout=%d)", r, limit);
-            }
+            bool late = !comm.region->here[r] && patience.ended(), gone = comm.is_gone(r);
+            if (gone || late) comm.miss(r, "ncclCommInitRank", gone);
         }
     }
-    shm_unlink(name);
-    return result;
+    if (comm.error != ncclSuccess) shm_unlink(name);
+    return comm.error;
 }
 
 // ------------------------------------------------------------------------------------------------
 // Transfers
 
-constexpr int ALL = -1;
-
 struct Transfer {
-    bool put;                           // into mailboxes, or taken from them
-    int peer;                           // ALL: reduces what all others sent, and `own`
+    bool put;                           // into a mailbox, or taken from mailboxes
+    int first, last;                    // the ranks; several: their messages are reduced
     char* data;                         // sent from here, or received to here
     size_t left;                        // bytes to go; even none of them takes one message
     const Signature* call;
-    const char* own = nullptr;
     bool begun = false, done = false;
 
     void advance(size_t size) {
         data += size;
-        if (own) own += size;
         left -= size;
         begun = true;
     }
 };
-typedef std::vector<Transfer> Step;
 
 void copy(char* to, const char* from, size_t size) {
-    if (size) memmove(to, from, size);
+    if (size) memcpy(to, from, size);
 }
 
 bool put(ncclComm& comm, Transfer& t) {
-    Mailbox& box = comm.mail(comm.rank, t.peer);
+    Mailbox& box = comm.mail(comm.rank, t.first);
     if (box.full) return false;
     if (t.begun && !t.left) return t.done = true;       // the receiver has all of it
     size_t size = std::min(CHUNK, t.left);
     box.call = *t.call;
     copy(box.data, t.data, size);
     t.advance(size);
-    box.full = 1;
-    comm.ring(t.peer);
+    box.full = true;
     return true;
-}
-
-// A message from that rank is there and answers our call. Another one ends the communicator.
-bool is_there(ncclComm& comm, const Transfer& t, int from) {
-    Mailbox& box = comm.mail(from, comm.rank);
-    if (!box.full) return false;
-    if (box.call.answers(*t.call)) return true;
-    std::string mine = t.call->text(), theirs = box.call.text();
-    comm.publish(ncclInvalidUsage, "calls that do not belong together: rank %d in %s, rank %d in %s",
-                 comm.rank, mine.c_str(), from, theirs.c_str());
-    return false;
 }
 
 bool take(ncclComm& comm, Transfer& t) {
-    bool all = t.peer == ALL;
-    int first = all ? 0 : t.peer, last = all ? comm.ranks - 1 : t.peer;
     const char* parts[MAX_RANKS];
-    for (int r = first; r <= last; r++) {
-        bool own = all && r == comm.rank;
-        if (!own && !is_there(comm, t, r)) return false;
-        parts[r] = own ? t.own : comm.mail(r, comm.rank).data;
+    for (int r = t.first; r <= t.last; r++) {
+        Mailbox& box = comm.mail(r, comm.rank);
+        if (!box.full) return false;
+        parts[r - t.first] = box.data;
+        if (box.call.answers(*t.call)) continue;
+        std::string text = "calls that do not belong together: ";
+        text += "rank " + std::to_string(comm.rank) + " in " + t.call->text();
+        text += ", rank " + std::to_string(r) + " in " + box.call.text();
+        comm.publish(ncclInvalidUsage, text);
+        return false;
     }
     size_t size = std::min(CHUNK, t.left);
-    if (all) types[t.call->type].reduce(t.data, parts, comm.ranks, size, t.call->op);
-    else copy(t.data, parts[t.peer], size);
+    if (t.first < t.last) types[t.call->type].reduce(t.data, parts, comm.ranks, size, t.call->op);
+    else copy(t.data, parts[0], size);
     t.advance(size);
     t.done = !t.left;
-    for (int r = first; r <= last; r++) {
-        if (all && r == comm.rank) continue;
-        comm.mail(r, comm.rank).full = 0;
-        comm.ring(r);
-    }
+    for (int r = t.first; r <= t.last; r++) comm.mail(r, comm.rank).full = false;
     return true;
 }
 
-// An earlier transfer of the same direction and rank comes first.
-bool is_behind(const Step& step, const Transfer& t) {
-    for (const Transfer* e = step.data(); e != &t; e++) {
-        if (!e->done && e->put == t.put && e->peer == t.peer) return true;
+// Side by side, but those of one direction and rank one after the other. True: something moved.
+bool advance(ncclComm& comm, std::vector<Transfer>& transfers) {
+    std::set<std::pair<bool, int>> busy;
+    bool moved = false;
+    for (Transfer& t : transfers) {
+        if (t.done || !busy.insert({t.put, t.first}).second) continue;
+        moved |= t.put ? put(comm, t) : take(comm, t);
     }
-    return false;
+    return moved;
+}
+
+// Another rank that a transfer waits for, or -1: any, or one that is gone.
+int awaited(const ncclComm& comm, const Transfer& t, bool gone) {
+    for (int r = t.first; r <= t.last && !t.done; r++) {
+        bool waits = r != comm.rank && (t.put || !comm.mail(r, comm.rank).full);
+        if (waits && (!gone || comm.is_gone(r))) return r;
+    }
+    return -1;
+}
+
+void run_to_end(ncclComm& comm, std::vector<Transfer> transfers) {
+    Patience patience;
+    auto ongoing = [](const Transfer& t) { return !t.done; };
+    for (bool look = false;;) {
+        auto waiting = std::find_if(transfers.begin(), transfers.end(), ongoing);
+        if (waiting == transfers.end() || comm.has_failed({waiting->call->file, waiting->call->line})) return;
+        // What a rank did before it left is seen after it is seen to have left.
+        bool late = look && patience.ended();
+        int lost = -1;
+        for (auto t = waiting; look && lost < 0 && t != transfers.end(); t++) {
+            lost = awaited(comm, *t, !late);
+            if (lost >= 0) waiting = t;
+        }
+        if (advance(comm, transfers)) {
+            patience = Patience();
+            look = false;
+            continue;
+        }
+        if (late && lost < 0) lost = comm.rank;
+        if (lost >= 0) comm.miss(lost, waiting->call->text(), comm.is_gone(lost));
+        look = patience.nap();
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
-// Programs
+// Requests
 
 struct Request {
     Signature call;
-    const char* send;
-    char* receive;
+    char *send, *receive;
     std::shared_ptr<ncclComm> comm;
     cudaStream_t stream;
 
@@ -412,206 +377,104 @@ struct Request {
     size_t receives() const { return call.bytes(true, comm->rank, comm->ranks); }
 };
 
-struct Program {                        // of one communicator
-    ncclComm* comm;
-    std::vector<const Request*> requests;
-    std::vector<Step> steps;            // follow one another
-    Step messages;                      // ncclSend and ncclRecv of a group: the last step
-    size_t at = 0;
-
-    bool finished() const { return at == steps.size(); }
-};
-
-// With blocks (see Signature): all send each rank its block, which it reduces; then all send all their block.
-// So each pair of ranks exchanges messages in each collective, and sees what the other called.
-void plan_collective(const Request& q, Program& p) {
+// With blocks (see Signature): each rank sends all ranks their blocks and reduces its own; then it sends
+// that to all. So each pair of ranks exchanges messages in each collective, and sees what the other called.
+void run_collective(const Request& q) {
     const Signature* call = &q.call;
-    int me = p.comm->rank, ranks = p.comm->ranks;
+    int me = q.comm->rank, ranks = q.comm->ranks;
     auto begin = [&](int r) { return call->block(r, ranks); };
     auto size = [&](int r) { return begin(r + 1) - begin(r); };
-    char* from = (char*)q.send;
-    char* mine = q.receive + (kinds[call->kind].gathers ? begin(me) : 0);
-    Step scatter, gather;
+    bool reduces = kinds[call->kind].reduces, gathers = kinds[call->kind].gathers;
+    char* mine = gathers ? q.receive + begin(me) : q.receive;
+    std::vector<Transfer> scatter, gather;
     for (int r = 0; r < ranks; r++) {
-        if (r == me) continue;
-        scatter.push_back({true, r, from + begin(r), size(r), call});
-        gather.push_back({true, r, mine, size(me), call});
-        gather.push_back({false, r, q.receive + begin(r), size(r), call});
+        scatter.push_back({true, r, r, q.send + begin(r), size(r), call});
+        gather.push_back({true, r, r, reduces ? mine : q.send, size(me), call});
+        gather.push_back({false, r, r, q.receive + begin(r), size(r), call});
     }
-    scatter.push_back({false, ALL, mine, size(me), call, from + begin(me)});
-    if (kinds[call->kind].reduces) p.steps.push_back(scatter);
-    else copy(mine, from, size(me));
-    if (kinds[call->kind].gathers) p.steps.push_back(gather);
+    scatter.push_back({false, 0, ranks - 1, mine, size(me), call});
+    if (reduces) run_to_end(*q.comm, scatter);
+    if (gathers) run_to_end(*q.comm, gather);
 }
 
-void plan(const Request& q, Program& p) {
-    const Signature& call = q.call;
-    use_memory(q.send, q.sends(), false, kinds[call.kind].name);
-    use_memory(q.receive, q.receives(), true, kinds[call.kind].name);
-    p.requests.push_back(&q);
-    if (call.kind == SEND) p.messages.push_back({true, call.root, (char*)q.send, call.size(), &call});
-    else if (call.kind == RECV) p.messages.push_back({false, call.root, q.receive, call.size(), &call});
-    else plan_collective(q, p);
-}
-
-// True: something moved.
-bool advance(Program& p) {
-    if (p.finished()) return false;
-    bool moved = false, done = true;
-    Step& step = p.steps[p.at];
-    for (Transfer& t : step) {
-        if (!t.done && !is_behind(step, t)) moved |= t.put ? put(*p.comm, t) : take(*p.comm, t);
-        done &= t.done;
-    }
-    if (done) p.at++;
-    return moved || done;
-}
-
-// Nothing moved for a tick. Publishes that a rank it waits for is gone, or, when it is late, has not come.
-void look_for_missing(Program& p, bool late) {
-    ncclComm& comm = *p.comm;
-    for (size_t i = 0; !p.finished() && i < p.steps[p.at].size(); i++) {
-        const Transfer& t = p.steps[p.at][i];
-        for (int r = 0; r < comm.ranks && !t.done; r++) {
-            const Mailbox& box = comm.mail(r, comm.rank);
-            if (t.peer == ALL ? r == comm.rank || box.full : r != t.peer) continue;
-            std::string mine = "rank " + std::to_string(comm.rank) + " waits in " + t.call->text();
-            if (comm.is_gone(r)) {
-                if (advance(p)) return;         // what it did before it left
-                comm.publish(ncclRemoteError, "%s, but rank %d has ended or left", mine.c_str(), r);
-            } else if (late) {
-                std::string theirs = box.full ? "is in " + box.call.text() : "has not come";
-                comm.publish(ncclRemoteError, "%s, but rank %d %s (CPU_CUDA=timeout=%d)", mine.c_str(), r,
-                             theirs.c_str(), options().timeout);
-            }
-        }
-    }
-}
-
-// Nothing that was not received may be taken for a result.
-void give_up(const Program& p) {
-    for (const Request* q : p.requests) {
-        if (q->receives()) memset(q->receive, 0xff, q->receives());
-    }
-}
-
-void run_to_end(Program& p) {
-    Deadline deadline;
-    while (!p.finished()) {
-        unsigned seen = p.comm->bell(p.comm->rank);
-        bool moved = advance(p);
-        if (!p.finished() && p.comm->has_failed(&p.requests[0]->call)) return give_up(p);
-        if (moved) deadline = Deadline();
-        else if (!sleep_until_rung(*p.comm, seen)) look_for_missing(p, deadline.passed());
-    }
-}
-
-// One communicator after the other.
+// Requests of one communicator and stream. All messages go at once, after the collectives.
 void run(const std::vector<Request>& requests) {
     DeviceCode open;
-    std::set<ncclComm*> begun;
-    for (const Request& first : requests) {
-        Program p = {first.comm.get(), {}, {}, {}};
-        if (p.comm->error != ncclSuccess || !begun.insert(p.comm).second) continue;
-        for (const Request& q : requests) {
-            if (q.comm == first.comm) plan(q, p);
-        }
-        p.steps.push_back(p.messages);
-        run_to_end(p);
+    ncclComm& comm = *requests[0].comm;
+    std::vector<Transfer> messages;
+    if (comm.error != ncclSuccess) return;
+    for (const Request& q : requests) {
+        bool sends = q.call.kind == SEND, message = sends || q.call.kind == RECV;
+        use_memory(q.send, q.sends(), false, kinds[q.call.kind].name);
+        use_memory(q.receive, q.receives(), true, kinds[q.call.kind].name);
+        char* data = sends ? q.send : q.receive;
+        if (message) messages.push_back({sends, q.call.root, q.call.root, data, q.call.size(), &q.call});
+        else run_collective(q);
     }
+    run_to_end(comm, messages);
+    if (comm.error == ncclSuccess) return;
+    for (const Request& q : requests)           // what was not received may not be taken for a result
+        if (q.receives()) memset(q.receive, 0xff, q.receives());
 }
 
-// ------------------------------------------------------------------------------------------------
-// Requests
+thread_local std::vector<Request> group;
+thread_local int group_depth;
+thread_local ncclResult_t group_error;
+thread_local cudaEvent_t last_call;
 
-struct Group {
-    int depth = 0;
-    ncclResult_t error = ncclSuccess;
-    std::vector<Request> requests;
-};
-thread_local Group group;
-thread_local std::shared_ptr<CUevent_st> last_call;
-
-// One operation in all its streams, after the thread's operation before it: with several communicators, ranks
-// that force their streams (under `lazy`) in different orders would wait for one another.
+// After the thread's call before it: with several communicators, ranks that force their streams (under
+// `lazy`) in different orders would wait for one another.
 ncclResult_t launch(const std::vector<Request>& requests) {
-    if (requests.empty()) return ncclSuccess;
-    cudaStream_t stream = requests[0].stream;
-    if (last_call) cudaStreamWaitEvent(stream, last_call.get());
-    for (const Request& q : requests) {
-        cudaStreamWaitEvent(stream, q.comm->done.get());
-        cudaEventRecord(q.comm->done.get(), q.stream);
-        cudaStreamWaitEvent(stream, q.comm->done.get());
-    }
-    enqueue(stream, [requests] { run(requests); });
-    for (const Request& q : requests) {
-        cudaEventRecord(q.comm->done.get(), stream);
-        cudaStreamWaitEvent(q.stream, q.comm->done.get());
-    }
-    last_call = requests[0].comm->done;
-    for (const Request& q : requests) {
-        if (q.comm->error != ncclSuccess) return q.comm->error;
-    }
-    return ncclSuccess;
+    if (!last_call) cudaEventCreateWithFlags(&last_call, cudaEventDisableTiming);
+    cudaStreamWaitEvent(requests[0].stream, last_call);
+    enqueue(requests[0].stream, [requests] { run(requests); });
+    cudaEventRecord(last_call, requests[0].stream);
+    return requests[0].comm->error;
 }
 
-// In place is only where NCCL documents it: this rank's block in the whole.
-bool overlaps_wrongly(const Request& q) {
-    size_t sends = q.sends(), receives = q.receives();
-    bool apart = q.send + sends <= q.receive || q.receive + receives <= q.send;
-    ptrdiff_t block = (ptrdiff_t)q.call.size() * q.comm->rank;
-    ptrdiff_t in_place = q.call.kind == REDUCE_SCATTER ? block : q.call.kind == ALL_GATHER ? -block : 0;
-    return sends && receives && !apart && q.receive - q.send != in_place;
-}
-
-ncclResult_t error_of(const Request& q) {
+bool is_valid(const Request& q) {
     const Signature& call = q.call;
-    const char* name = kinds[call.kind].name;
-    if ((unsigned)call.type >= ncclNumTypes) return refuse(ncclInvalidArgument, "%s: no such datatype", name);
-    if ((unsigned)call.op >= ncclNumOps || (kinds[call.kind].reduces && !types[call.type].reduce)) {
-        return refuse(ncclInvalidArgument, "%s: %s is not reduced so here", name, types[call.type].name);
-    }
-    if (call.root < 0 || call.root >= q.comm->ranks) {
-        return refuse(ncclInvalidArgument, "%s: there is no rank %d", name, call.root);
-    }
-    if (!stream_exists(q.stream)) return refuse(ncclUnhandledCudaError, "%s: no such stream", name);
-    for (bool received : {false, true}) {
-        const char* p = received ? q.receive : q.send;
-        if (!call.bytes(received, q.comm->rank, q.comm->ranks)) continue;
-        if (!find_allocation(p)) return refuse(ncclInvalidArgument, "%s: %p is no device memory", name, p);
-        bool aligned = (uintptr_t)p % types[call.type].size == 0;
-        if (!aligned) return refuse(ncclInvalidArgument, "%s: %p is misaligned", name, p);
-    }
-    return ncclSuccess;
+    if ((unsigned)call.type >= ncclNumTypes || !types[call.type].size) return false;
+    if ((unsigned)call.op >= ncclNumOps || !operations[call.op]) return false;
+    if (call.root < 0 || call.root >= q.comm->ranks || !stream_exists(q.stream)) return false;
+    size_t sends = q.sends(), receives = q.receives(), block = call.size() * (size_t)q.comm->rank;
+    bool aligned = ((uintptr_t)q.send | (uintptr_t)q.receive) % types[call.type].size == 0;
+    if (!aligned || (sends && !find_allocation(q.send))) return false;
+    if (receives && !find_allocation(q.receive)) return false;
+    bool apart = !sends || !receives || q.send + sends <= q.receive || q.receive + receives <= q.send;
+    const char* in_place = call.kind == REDUCE_SCATTER ? q.send + block : q.send;
+    return apart || in_place == (call.kind == ALL_GATHER ? q.receive + block : q.receive);
 }
 
-// Also of a group's later calls: its error is the first one's, and nothing of it runs.
+// In a group, the first error is the group's, and nothing of it runs.
 ncclResult_t submit(Kind kind, const void* send, void* receive, size_t count, ncclDataType_t type,
                     ncclRedOp_t op, int root, ncclComm_t comm, cudaStream_t stream, Place here) {
-    ncclResult_t error = comm ? comm->error.load() : refuse(ncclInvalidArgument, "the communicator is null");
-    if (error == ncclSuccess) {
-        Signature call = {kind, count, type, op, root, here.line, ""};
-        size_t length = strlen(here.file), kept = std::min(length, sizeof call.file - 1);
-        memcpy(call.file, here.file + length - kept, kept + 1);
-        Request q = {call, (const char*)send, (char*)receive, comm->self, stream};
-        error = error_of(q);
-        if (error == ncclSuccess && overlaps_wrongly(q)) {
-            stop(here, "%s: recvbuff overlaps sendbuff, but not in place", kinds[kind].name);
-        }
-        if (error == ncclSuccess && !group.depth) return launch({q});
-        if (error == ncclSuccess) group.requests.push_back(q);
+    std::string where = std::string(kinds[kind].name) + " at " + here.file + ":" + std::to_string(here.line);
+    if (!comm) return refuse(ncclInvalidArgument, where + ": the communicator is null");
+    Signature call = {kind, count, type, op, root, here.line, ""};
+    size_t length = strlen(here.file), kept = std::min(length, sizeof call.file - 1);
+    memcpy(call.file, here.file + length - kept, kept + 1);
+    Request q = {call, (char*)send, (char*)receive, comm->self, stream};
+    ncclResult_t error = comm->error;
+    if (error == ncclSuccess && !is_valid(q)) {
+        where += ": found a number or stream that does not exist, or a buffer that is no device memory";
+        error = refuse(ncclInvalidArgument, where + ", is misaligned, or overlaps the other, not in place");
     }
-    if (group.depth && group.error == ncclSuccess) group.error = error;
+    if (!group_depth) return error == ncclSuccess ? launch({q}) : error;
+    group.push_back(q);
+    if (error == ncclSuccess && (comm != group[0].comm.get() || stream != group[0].stream)) {
+        error = refuse(ncclInvalidUsage, where + ": here a group has one communicator and one stream");
+    }
+    if (group_error == ncclSuccess) group_error = error;
     return error;
 }
 
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------
-// Communicators and groups
+// NCCL's functions
 
 ncclResult_t ncclGetVersion(int* version) {
-    if (!version) return refuse(ncclInvalidArgument, "ncclGetVersion: null pointer");
     *version = NCCL_VERSION_CODE;
     return ncclSuccess;
 }
@@ -624,33 +487,28 @@ const char* ncclGetErrorString(ncclResult_t result) {
     return (unsigned)result < ncclNumResults ? texts[result] : "unknown result code";
 }
 
-const char* ncclGetLastError(ncclComm_t) { return last_error; }
+const char* ncclGetLastError(ncclComm_t) { return last_error.c_str(); }
 
 ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
     unsigned long long n[2];
-    if (!id) return refuse(ncclInvalidArgument, "ncclGetUniqueId: null pointer");
     if (getrandom(n, sizeof n, 0) != sizeof n) return refuse(ncclSystemError, "getrandom failed");
     *id = {};
-    snprintf(id->internal, sizeof id->internal, "%s%016llx%016llx", NAME, n[0], n[1]);
+    snprintf(id->internal, sizeof id->internal, "%s%016llx%016llx", NAME.c_str(), n[0], n[1]);
     return ncclSuccess;
 }
 
 ncclResult_t ncclCommInitRank(ncclComm_t* out, int ranks, ncclUniqueId id, int rank) {
     static thread_local std::set<std::string> used;
-    if (!out || ranks < 1 || ranks > MAX_RANKS || rank < 0 || rank >= ranks) {
-        return refuse(ncclInvalidArgument, "rank %d of %d, where %d are possible", rank, ranks, MAX_RANKS);
+    std::string name(id.internal, strnlen(id.internal, sizeof id.internal - 1));
+    bool made_here = name.compare(0, NAME.size(), NAME) == 0;
+    if (!made_here || ranks < 1 || ranks > MAX_RANKS || rank < 0 || rank >= ranks) {
+        return refuse(ncclInvalidArgument, "ncclCommInitRank: not ncclGetUniqueId's id, or no such rank");
     }
-    *out = nullptr;
-    if (strncmp(id.internal, NAME, strlen(NAME)) || !memchr(id.internal, 0, sizeof id.internal)) {
-        return refuse(ncclInvalidArgument, "found an ncclUniqueId that ncclGetUniqueId did not make");
+    if (group_depth || !used.insert(name).second) {
+        return refuse(ncclInvalidUsage, "ncclCommInitRank: in a group, or with an id that was used before");
     }
-    if (group.depth) return refuse(ncclInvalidUsage, "ncclCommInitRank in a group: a thread is one rank");
-    if (!used.insert(id.internal).second) return refuse(ncclInvalidUsage, "the ncclUniqueId was used before");
     auto comm = std::make_shared<ncclComm>(rank, ranks);
-    cudaEvent_t event;
-    cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
-    comm->done.reset(event, cudaEventDestroy);
-    ncclResult_t result = join(*comm, id.internal);
+    ncclResult_t result = join(*comm, name.c_str());
     if (result != ncclSuccess) return result;
     comm->self = comm;
     *out = comm.get();
@@ -658,63 +516,50 @@ ncclResult_t ncclCommInitRank(ncclComm_t* out, int ranks, ncclUniqueId id, int r
 }
 
 ncclResult_t ncclCommDestroy(ncclComm_t comm) {
-    if (!comm) return ncclSuccess;
-    cudaEventSynchronize(comm->done.get());
-    std::shared_ptr<ncclComm> last = std::move(comm->self);
+    if (last_call) cudaEventSynchronize(last_call);
+    if (comm) std::shared_ptr<ncclComm>().swap(comm->self);
     return ncclSuccess;
 }
 
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
     if (!comm) return ncclSuccess;
     comm->error = ncclInvalidUsage;
-    short none = F_UNLCK;
-    comm->lock(F_OFD_SETLK, &none, comm->rank);
-    std::shared_ptr<ncclComm> last = std::move(comm->self);
+    close(comm->file);
+    std::shared_ptr<ncclComm>().swap(comm->self);
     return ncclSuccess;
 }
 
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
-    if (!comm || !error) return refuse(ncclInvalidArgument, "ncclCommGetAsyncError: null pointer");
     *error = comm->error;
     return ncclSuccess;
 }
 
 ncclResult_t ncclCommCount(const ncclComm_t comm, int* count) {
-    if (!comm || !count) return refuse(ncclInvalidArgument, "ncclCommCount: null pointer");
     *count = comm->ranks;
     return ncclSuccess;
 }
 
 ncclResult_t ncclCommUserRank(const ncclComm_t comm, int* rank) {
-    if (!comm || !rank) return refuse(ncclInvalidArgument, "ncclCommUserRank: null pointer");
     *rank = comm->rank;
     return ncclSuccess;
 }
 
 ncclResult_t ncclGroupStart() {
-    group.depth++;
+    group_depth++;
     return ncclSuccess;
 }
 
 ncclResult_t ncclGroupEnd() {
-    if (!group.depth) return refuse(ncclInvalidUsage, "ncclGroupEnd without ncclGroupStart");
-    if (--group.depth) return ncclSuccess;
-    Group all = std::move(group);
-    group = Group();
-    return all.error != ncclSuccess ? all.error : launch(all.requests);
+    if (!group_depth) return refuse(ncclInvalidUsage, "ncclGroupEnd without ncclGroupStart");
+    if (--group_depth) return ncclSuccess;
+    ncclResult_t error = std::exchange(group_error, ncclSuccess);
+    std::vector<Request> requests = std::exchange(group, {});
+    return error != ncclSuccess || requests.empty() ? error : launch(requests);
 }
-
-// ------------------------------------------------------------------------------------------------
-// Collectives and messages
 
 ncclResult_t ncclAllReduce(const void* send, void* receive, size_t count, ncclDataType_t type, ncclRedOp_t op,
                            ncclComm_t comm, cudaStream_t stream, Place here) {
     return submit(ALL_REDUCE, send, receive, count, type, op, 0, comm, stream, here);
-}
-
-ncclResult_t ncclReduce(const void* send, void* receive, size_t count, ncclDataType_t type, ncclRedOp_t op,
-                        int root, ncclComm_t comm, cudaStream_t stream, Place here) {
-    return submit(REDUCE, send, receive, count, type, op, root, comm, stream, here);
 }
 
 ncclResult_t ncclReduceScatter(const void* send, void* receive, size_t count, ncclDataType_t type,

@@ -2,11 +2,11 @@
 // for `here`, the line of the call. To add a call, declare it here and name it in the table of nccl.cpp.
 //
 // Stricter than NCCL: calls of different ranks that do not belong together stop the run. A rank that has
-// ended, or does not come in time (CPU_CUDA=timeout=S), is ncclRemoteError for the others, and their
-// buffers become NaN. All calls of a thread run in the order in which it makes them, without `lazy` before
-// they return, and a send ends when its receiver has it. So ranks make the calls of all their communicators
-// in the same order, two sends that wait for one another belong in a group, and a host waits for other
-// ranks' hosts only between calls.
+// ended, or does not come in time (CPU_CUDA=timeout=S), is ncclRemoteError for the others, and their buffers
+// become NaN. All calls of a thread run in the order in which it makes them, without `lazy` before they
+// return, and a send ends when its receiver has it. So ranks make the calls of all their communicators in
+// the same order, two sends that wait for one another belong in a group (of one communicator and stream),
+// and a host waits for another rank's host only between calls.
 // Kinder: ranks may be threads of one process, with one device, and each its own stream (not under `lazy`).
 // Different: bf16 is summed in fp32, in the order of the ranks, and rounded once; NCCL rounds each sum of
 // two.
@@ -25,10 +25,7 @@
 extern "C" {
 
 typedef struct ncclComm* ncclComm_t;
-
-typedef struct {
-    char internal[NCCL_UNIQUE_ID_BYTES];
-} ncclUniqueId;
+typedef struct { char internal[NCCL_UNIQUE_ID_BYTES]; } ncclUniqueId;
 
 typedef enum {
     ncclSuccess = 0,
@@ -42,43 +39,32 @@ typedef enum {
     ncclNumResults = 8
 } ncclResult_t;
 
-typedef enum { ncclSum = 0, ncclProd = 1, ncclMax = 2, ncclMin = 3, ncclAvg = 4, ncclNumOps = 5 } ncclRedOp_t;
+typedef enum { ncclSum = 0, ncclMax = 2, ncclMin = 3, ncclAvg = 4, ncclNumOps = 5 } ncclRedOp_t;
 
 typedef enum {
-    ncclInt8 = 0, ncclChar = 0,
     ncclUint8 = 1,
     ncclInt32 = 2, ncclInt = 2,
-    ncclUint32 = 3,
-    ncclInt64 = 4,
-    ncclUint64 = 5,
-    ncclFloat16 = 6, ncclHalf = 6,
     ncclFloat32 = 7, ncclFloat = 7,
     ncclFloat64 = 8, ncclDouble = 8,
     ncclBfloat16 = 9,
-    ncclFloat8e4m3 = 10,
-    ncclFloat8e5m2 = 11,
     ncclNumTypes = 12
 } ncclDataType_t;
 
 ncclResult_t ncclGetVersion(int* version);
 const char* ncclGetErrorString(ncclResult_t result);
 const char* ncclGetLastError(ncclComm_t comm);
-
 ncclResult_t ncclGetUniqueId(ncclUniqueId* uniqueId);
 ncclResult_t ncclCommInitRank(ncclComm_t* comm, int nranks, ncclUniqueId commId, int rank);
-ncclResult_t ncclCommDestroy(ncclComm_t comm);          // runs what is still in the streams
+ncclResult_t ncclCommDestroy(ncclComm_t comm);          // runs what waits in its stream
 ncclResult_t ncclCommAbort(ncclComm_t comm);            // drops it; another thread's call returns
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* asyncError);
 ncclResult_t ncclCommCount(const ncclComm_t comm, int* count);
 ncclResult_t ncclCommUserRank(const ncclComm_t comm, int* rank);
-
 ncclResult_t ncclGroupStart();
 ncclResult_t ncclGroupEnd();
 
 ncclResult_t ncclAllReduce(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype,
                            ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream, CPU_CUDA_HERE);
-ncclResult_t ncclReduce(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype,
-                        ncclRedOp_t op, int root, ncclComm_t comm, cudaStream_t stream, CPU_CUDA_HERE);
 ncclResult_t ncclReduceScatter(const void* sendbuff, void* recvbuff, size_t recvcount,
                                ncclDataType_t datatype, ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream,
                                CPU_CUDA_HERE);
