@@ -211,7 +211,13 @@ __global__ void never_set_kernel(int* flag) {
 static void never_set(void) { cooperative(never_set_kernel); }
 
 // ------------------------------------------------------------------------------------------------
-// A thread's stack
+// Atomics and a thread's stack
+
+// CASE misaligned_atomic plain: misaligned atomic operation: 8 bytes
+__global__ void misaligned_atomic_kernel(int* p) {
+    atomicAdd((unsigned long long*)(p + threadIdx.x), 1ull);            // HERE misaligned_atomic
+}
+static void misaligned_atomic(void) { misaligned_atomic_kernel<<<1, 2>>>(zeros()); }
 
 // CASE large_array plain,check: stack overflow
 // CASE large_array address: stack-overflow
@@ -280,6 +286,26 @@ static void blocks_in_turn(void) {
     expect(first_of(p) == expected);
 }
 
+// Right in every order that does not run a warp between two operations of another.
+// CASE warp_in_between order: wrong result
+__global__ void warp_in_between_kernel(int* p) {
+    __shared__ int count;
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    for (int i = 0; i < 4; i++) {
+        int before = count;
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) count = before + 1;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) atomicAdd(p, count);
+}
+static void warp_in_between(void) {
+    int* p = zeros();
+    warp_in_between_kernel<<<8, 128>>>(p);
+    expect(first_of(p) == 8 * 16);
+}
+
 // A warp that is a round ahead overwrites what another has not read: an order that runs warps ahead shows it.
 // CASE warp_a_round_ahead order: wrong result
 __global__ void warp_a_round_ahead_kernel(int* p) {
@@ -298,6 +324,23 @@ static void warp_a_round_ahead(void) {
     expect(first_of(p) == 0);
 }
 
+// Shared memory that nobody wrote is NaN.
+// CASE fresh_shared_sum plain: wrong result
+__global__ void fresh_shared_sum_kernel(int* p) {
+    __shared__ float sums[33];
+    extern __shared__ float scale[];
+    if (threadIdx.x < 32) sums[threadIdx.x] = 1;
+    __syncthreads();
+    float total = 0;
+    for (int i = 0; i < 33; i++) total += sums[i];
+    if (threadIdx.x == 0) p[0] = total >= 32 || scale[3] == scale[3];
+}
+static void fresh_shared_sum(void) {
+    int* p = zeros();
+    fresh_shared_sum_kernel<<<1, 64, 64>>>(p);
+    expect(first_of(p) == 1);
+}
+
 #define NAMED(name) {#name, name}
 static const Case cases[] = {
     NAMED(exited_lane), NAMED(tail_of_loop), NAMED(partial_warp), NAMED(inactive_lane),
@@ -305,9 +348,9 @@ static const Case cases[] = {
     NAMED(mask_by_lane),
     NAMED(other_operation), NAMED(barrier_in_branches), NAMED(barrier_in_loop), NAMED(barrier_in_helper),
     NAMED(warp_against_block), NAMED(circle), NAMED(missing_block), NAMED(grid_not_cooperative),
-    NAMED(not_resident), NAMED(lane_of_warp), NAMED(never_set), NAMED(large_array), NAMED(deep_calls),
-    NAMED(in_the_second_half), NAMED(last_thread_wins), NAMED(warp_reads_ahead), NAMED(blocks_in_turn),
-    NAMED(warp_a_round_ahead),
+    NAMED(not_resident), NAMED(lane_of_warp), NAMED(never_set), NAMED(misaligned_atomic), NAMED(large_array),
+    NAMED(deep_calls), NAMED(in_the_second_half), NAMED(last_thread_wins), NAMED(warp_reads_ahead), NAMED(blocks_in_turn),
+    NAMED(warp_in_between), NAMED(warp_a_round_ahead), NAMED(fresh_shared_sum),
 };
 
 int main(int argc, char** argv) { return RUN_CASE(cases, argc, argv); }
