@@ -524,7 +524,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
     if (!comm) return ncclSuccess;
     comm->error = ncclInvalidUsage;
-    close(comm->file);
+    close(std::exchange(comm->file, -1));
     std::shared_ptr<ncclComm>().swap(comm->self);
     return ncclSuccess;
 }
