@@ -1,0 +1,2930 @@
+// train_gpt_mhc.cu: the trainer of train_gpt_mhc.c on a GPU: same command line, same files, same mathematics. What is not GPU work
+// is that file's own: it is included whole, and each kernel here is held against its function there by test_gpt_mhc.cu.
+//
+// Letters as there: B sequences, T positions, C channels, V vocabulary, L blocks, n streams, M outputs of a projection, rows = B * T.
+// A pointer's comment is its shape. Activations and their gradients are floatX (bf16, or fp32 with PRECISION=FP32); parameters have
+// fp32 masters, which the optimiser updates, and floatX copies, which the products read. Coefficients of the connections, statistics,
+// losses and gradients of parameters are fp32. No float atomics: a sum has one order, so the same seed gives the same bits.
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#define GPU_TRAINER             // leaves out what the CPU computes a run with, and main
+#include "train_gpt_mhc.c"
+
+// ------------------------------------------------------------------------------------------------
+// Types, errors, and what every kernel uses
+
+#ifdef PRECISION_FP32
+typedef float floatX;
+#else
+typedef __nv_bfloat16 floatX;
+#endif
+
+enum { WARP = 32 };
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+static void cuda_check(cudaError_t error, const char* call, int line) {
+    if (error == cudaSuccess) return;
+    fprintf(stderr, "train_gpt_mhc.cu:%d: %s: %s\n", line, call, cudaGetErrorString(error));
+    exit(EXIT_FAILURE);
+}
+#define CUDA(call) cuda_check(call, #call, __LINE__)
+// After each launch: what is wrong with its shape shows there, not at the next call.
+#define LAUNCHED() CUDA(cudaGetLastError())
+
+static int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// The sum over a warp, the same in every lane: always added in the same order.
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, distance));
+    return x;
+}
+
+// Over a block of whole warps (at most 32), the same in every thread. May be called again at once.
+template <class Combine>
+__device__ __forceinline__ float block_combine(float x, float neutral, Combine combine_warp) {
+    __shared__ float partial[WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    x = combine_warp(x);
+    if (lane == 0) partial[warp] = x;
+    __syncthreads();
+    x = combine_warp(lane < warps ? partial[lane] : neutral);
+    __syncthreads();            // partial may be written again
+    return x;
+}
+__device__ __forceinline__ float block_sum(float x) {
+    return block_combine(x, 0.0f, [](float v) { return warp_sum(v); });
+}
+__device__ __forceinline__ float block_max(float x) {
+    return block_combine(x, -INFINITY, [](float v) { return warp_max(v); });
+}
+// ------------------------------------------------------------------------------------------------
+// Matrix products, by cuBLASLt. What it needs to know of a product (descriptors, layouts, the algorithm) is made when the product
+// is first asked for and kept.
+
+static void lt_check(cublasStatus_t status, const char* call, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    fprintf(stderr, "train_gpt_mhc.cu:%d: %s: cuBLASLt status %d\n", line, call, (int)status);
+    exit(EXIT_FAILURE);
+}
+#define LT(call) lt_check(call, #call, __LINE__)
+
+// D (m, n) = A (m, k) B (k, n), matrices by columns: a matrix of ours, by rows, is one of theirs transposed.
+typedef struct {
+    int m, n, k, lda, ldb, ldd;
+    int transpose_a;            // A and B as they lie in memory are (k, m) and (n, k) where transposed
+    int transpose_b;
+    int fp32, accumulate;       // D is float, not floatX; D +=
+    int epilogue;               // cublasLtEpilogue_t
+    int alignment;              // of all pointers, bytes, at most 16
+} Product;
+
+typedef struct {
+    Product product;
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulAlgo_t algorithm;
+} Plan;
+
+typedef struct {
+    cublasLtHandle_t handle;
+    void* workspace;
+    size_t workspace_bytes;
+    bool fuses_gelu;            // GELU in epilogues: it pays from Hopper on, where products leave time for it
+    Plan* plans;
+    int count, room;
+} Lt;
+
+static void lt_open(Lt* lt, void* workspace, size_t bytes) {
+    int major = 0;
+    memset(lt, 0, sizeof *lt);
+    CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    lt->workspace = workspace;
+    lt->workspace_bytes = bytes;
+    lt->fuses_gelu = major >= 9;
+    LT(cublasLtCreate(&lt->handle));
+}
+
+static void lt_close(Lt* lt) {
+    for (int i = 0; i < lt->count; i++) {
+        LT(cublasLtMatmulDescDestroy(lt->plans[i].operation));
+        LT(cublasLtMatrixLayoutDestroy(lt->plans[i].a));
+        LT(cublasLtMatrixLayoutDestroy(lt->plans[i].b));
+        LT(cublasLtMatrixLayoutDestroy(lt->plans[i].d));
+    }
+    free(lt->plans);
+    LT(cublasLtDestroy(lt->handle));
+}
+
+static void set_attribute(Plan* plan, cublasLtMatmulDescAttributes_t attribute, const void* value, size_t size) {
+    LT(cublasLtMatmulDescSetAttribute(plan->operation, attribute, value, size));
+}
+
+static const cudaDataType_t LT_FLOATX = sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F;
+
+static void describe_product(Plan* plan, const Product* p) {
+    cublasOperation_t a = p->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, b = p->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)p->epilogue;
+    LT(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    set_attribute(plan, CUBLASLT_MATMUL_DESC_TRANSA, &a, sizeof a);
+    set_attribute(plan, CUBLASLT_MATMUL_DESC_TRANSB, &b, sizeof b);
+    set_attribute(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    LT(cublasLtMatrixLayoutCreate(&plan->a, LT_FLOATX, p->transpose_a ? p->k : p->m, p->transpose_a ? p->m : p->k, p->lda));
+    LT(cublasLtMatrixLayoutCreate(&plan->b, LT_FLOATX, p->transpose_b ? p->n : p->k, p->transpose_b ? p->k : p->n, p->ldb));
+    LT(cublasLtMatrixLayoutCreate(&plan->d, p->fp32 ? CUDA_R_32F : LT_FLOATX, p->m, p->n, p->ldd));
+}
+
+static void choose_algorithm(const Lt* lt, Plan* plan) {
+    static const cublasLtMatmulPreferenceAttributes_t alignments[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    const Product* p = &plan->product;
+    uint32_t alignment = (uint32_t)p->alignment;
+    cublasLtMatmulPreference_t preference;
+    cublasLtMatmulHeuristicResult_t found;
+    int count = 0;
+    LT(cublasLtMatmulPreferenceCreate(&preference));
+    LT(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &lt->workspace_bytes,
+                                            sizeof lt->workspace_bytes));
+    for (cublasLtMatmulPreferenceAttributes_t attribute : alignments)
+        LT(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &alignment, sizeof alignment));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt->handle, plan->operation, plan->a, plan->b, plan->d, plan->d,
+                                                           preference, 1, &found, &count);
+    LT(cublasLtMatmulPreferenceDestroy(preference));
+    if (status != CUBLAS_STATUS_SUCCESS || count == 0)
+        die("cuBLASLt: found no algorithm for a product of %d x %d x %d, epilogue %d (status %d), expected one", p->m, p->n,
+            p->k, p->epilogue, (int)status);
+    plan->algorithm = found.algo;
+}
+
+typedef struct { const void *bias, *aux; int aux_ld; } Epilogue;
+
+static Plan* plan_of(Lt* lt, const Product* p, const Epilogue* e) {
+    for (int i = 0; i < lt->count; i++)
+        if (!memcmp(&lt->plans[i].product, p, sizeof *p)) return &lt->plans[i];
+    if (lt->count == lt->room) {
+        lt->room = lt->room ? 2 * lt->room : 64;
+        lt->plans = (Plan*)realloc(lt->plans, (size_t)lt->room * sizeof(Plan));
+        if (!lt->plans) die("out of memory: %d products are known", lt->count);
+    }
+    Plan* plan = &lt->plans[lt->count++];
+    plan->product = *p;
+    describe_product(plan, p);
+    int64_t aux_ld = e->aux_ld;
+    if (e->bias) set_attribute(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &e->bias, sizeof e->bias);
+    if (e->aux) set_attribute(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &e->aux, sizeof e->aux);
+    if (e->aux) set_attribute(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld);
+    choose_algorithm(lt, plan);
+    return plan;
+}
+
+static int alignment_of(const void* p) {
+    int alignment = 16;
+    while ((uintptr_t)p % alignment) alignment /= 2;
+    return alignment;
+}
+
+static void multiply(Lt* lt, Product p, Epilogue e, void* d, const void* a, const void* b, cudaStream_t stream) {
+    const void* pointers[] = {d, a, b, e.bias, e.aux};
+    const float one = 1, beta = p.accumulate ? 1 : 0;
+    p.alignment = 16;
+    for (const void* pointer : pointers) p.alignment = min_int(p.alignment, alignment_of(pointer));
+    Plan* plan = plan_of(lt, &p, &e);
+    if (e.bias) set_attribute(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &e.bias, sizeof e.bias);
+    if (e.aux) set_attribute(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &e.aux, sizeof e.aux);
+    LT(cublasLtMatmul(lt->handle, plan->operation, &one, a, plan->a, b, plan->b, &beta, d, plan->d, d, plan->d,
+                      &plan->algorithm, lt->workspace, lt->workspace_bytes, stream));
+}
+
+// --- a layer's three products, weight (OC, IC)
+
+// tanh approximation of GELU, and its derivative
+__device__ __forceinline__ float gelu(float x) {
+    return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+__device__ __forceinline__ float gelu_slope(float x) {
+    float t = tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x));
+    return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * 0.7978845608028654f * (1 + 0.134145f * x * x);
+}
+
+enum { ELEMENT_THREADS = 256 };         // where a thread has a number
+
+static __global__ void gelu_forward_kernel(floatX* out, const floatX* in, size_t count) {
+    size_t i = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
+    if (i < count) out[i] = from_float<floatX>(gelu(to_float(in[i])));
+}
+static void gelu_forward_gpu(floatX* out, const floatX* in, size_t count, cudaStream_t stream) {
+    gelu_forward_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(out, in, count);
+    LAUNCHED();
+}
+
+// d (count) holds the gradient of the output and gets that of the input
+static __global__ void gelu_backward_kernel(floatX* d, const floatX* in, size_t count) {
+    size_t i = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
+    if (i < count) d[i] = from_float<floatX>(to_float(d[i]) * gelu_slope(to_float(in[i])));
+}
+static void gelu_backward_gpu(floatX* d, const floatX* in, size_t count, cudaStream_t stream) {
+    gelu_backward_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(d, in, count);
+    LAUNCHED();
+}
+
+// out (rows, OC) = in (rows, IC) weight^T + bias (OC), which may be NULL. With gelu (rows, OC), that gets GELU of out.
+static void linear_forward_gpu(Lt* lt, floatX* out, floatX* gelu, const floatX* in, const floatX* weight, const floatX* bias,
+                               int rows, int IC, int OC, cudaStream_t stream) {
+    bool fused = gelu && lt->fuses_gelu && OC % 8 == 0;         // cuBLASLt wants rows of aux to be whole vectors
+    Product p = {OC, rows, IC, IC, IC, OC, true, false, false, false, bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, 0};
+    Epilogue e = {bias, fused ? out : NULL, OC};
+    if (fused) p.epilogue = bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+    multiply(lt, p, e, fused ? gelu : out, weight, in, stream);
+    if (gelu && !fused) gelu_forward_gpu(gelu, out, (size_t)rows * (size_t)OC, stream);
+}
+
+// din (rows, IC) = dout (rows, OC) weight; with before (rows, IC), the input of a GELU, it is that one's gradient
+static void linear_backward_input_gpu(Lt* lt, floatX* din, const floatX* dout, const floatX* weight, const floatX* before,
+                                      int rows, int IC, int OC, cudaStream_t stream) {
+    bool fused = before && lt->fuses_gelu && IC % 8 == 0;
+    Product p = {IC, rows, OC, IC, OC, IC, false, false, false, false,
+                 fused ? CUBLASLT_EPILOGUE_DGELU : CUBLASLT_EPILOGUE_DEFAULT, 0};
+    Epilogue e = {NULL, fused ? before : NULL, IC};
+    multiply(lt, p, e, din, weight, dout, stream);
+    if (before && !fused) gelu_backward_gpu(din, before, (size_t)rows * (size_t)IC, stream);
+}
+
+// dweight (OC, IC) += dout^T in, in fp32
+static void weight_gradient_gpu(Lt* lt, float* dweight, const floatX* dout, const floatX* in, int rows, int IC, int OC,
+                                cudaStream_t stream) {
+    Product p = {IC, OC, rows, IC, OC, IC, false, true, true, true, CUBLASLT_EPILOGUE_DEFAULT, 0};
+    multiply(lt, p, {NULL, NULL, 0}, dweight, in, dout, stream);
+}
+// ------------------------------------------------------------------------------------------------
+// Sums over all rows, in two phases: blocks sum slabs of rows, which the sizes alone determine; then add_slabs adds their sums,
+// always in the same order.
+
+enum {
+    SUM_LINES = 8,              // blocks of (WARP, SUM_LINES) threads, lanes along columns,
+    SUM_ROWS = 64,              // and SUM_ROWS rows a block
+    ROW_THREADS = 128           // where a warp has a row
+};
+static_assert(ROW_THREADS % WARP == 0 && ELEMENT_THREADS % WARP == 0, "blocks are whole warps");
+
+// The sum over the lines of a block of (WARP, SUM_LINES) threads, in line 0
+__device__ __forceinline__ float sum_lines(float x) {
+    __shared__ float lines[SUM_LINES][WARP];
+    lines[threadIdx.y][threadIdx.x] = x;
+    __syncthreads();
+    if (threadIdx.y == 0)
+        for (int l = 1; l < SUM_LINES; l++) x += lines[l][threadIdx.x];
+    __syncthreads();                                            // lines may be written again
+    return x;
+}
+
+static __global__ void add_slabs_kernel(float* first, int first_cols, float* second, int cols, const float* slabs, int count) {
+    int col = blockIdx.x * WARP + threadIdx.x;
+    float sum = 0;
+    for (int s = threadIdx.y; s < count && col < cols; s += SUM_LINES) sum += slabs[(size_t)s * cols + col];
+    sum = sum_lines(sum);
+    if (threadIdx.y || col >= cols) return;
+    float* out = col < first_cols ? first + col : second + (col - first_cols);
+    *out += sum;
+}
+// first (first_cols), then second (second_cols) += the sum over count slabs (first_cols + second_cols)
+static void add_slabs_gpu(float* first, int first_cols, float* second, int second_cols, const float* slabs, int count,
+                          cudaStream_t stream) {
+    int cols = first_cols + second_cols;
+    dim3 threads(WARP, SUM_LINES);
+    add_slabs_kernel<<<ceil_div(cols, WARP), threads, 0, stream>>>(first, first_cols, second, cols, slabs, count);
+    LAUNCHED();
+}
+
+template <class T> static __global__ void sum_columns_kernel(float* slabs, const T* terms, int rows, int cols) {
+    int col = blockIdx.y * WARP + threadIdx.x, row = blockIdx.x * SUM_ROWS, last = min(row + SUM_ROWS, rows);
+    float sum = 0;
+    for (row += threadIdx.y; row < last && col < cols; row += SUM_LINES) sum += to_float(terms[(size_t)row * cols + col]);
+    sum = sum_lines(sum);
+    if (threadIdx.y == 0 && col < cols) slabs[(size_t)blockIdx.x * cols + col] = sum;
+}
+// first, second += the column sums of terms (rows, first_cols + second_cols); slabs: sum_scratch(rows, cols) floats
+template <class T>
+static void sum_columns_gpu(float* first, int first_cols, float* second, int second_cols, float* slabs, const T* terms, int rows,
+                            cudaStream_t stream) {
+    int count = ceil_div(rows, SUM_ROWS), cols = first_cols + second_cols;
+    dim3 blocks(count, ceil_div(cols, WARP)), threads(WARP, SUM_LINES);
+    sum_columns_kernel<<<blocks, threads, 0, stream>>>(slabs, terms, rows, cols);
+    LAUNCHED();
+    add_slabs_gpu(first, first_cols, second, second_cols, slabs, count, stream);
+}
+static size_t sum_scratch(int rows, int cols) { return (size_t)ceil_div(rows, SUM_ROWS) * (size_t)cols; }
+
+// dweight (OC, IC) += dout (rows, OC)^T in (rows, IC), dbias (OC) += the column sums of dout
+static void linear_backward_weight_gpu(Lt* lt, float* dweight, float* dbias, const floatX* dout, const floatX* in, int rows,
+                                       int IC, int OC, float* slabs, cudaStream_t stream) {
+    weight_gradient_gpu(lt, dweight, dout, in, rows, IC, OC, stream);
+    sum_columns_gpu(dbias, OC, (float*)NULL, 0, slabs, dout, rows, stream);
+}
+
+// ------------------------------------------------------------------------------------------------
+// LayerNorm, a warp a row
+
+// The row of this warp
+__device__ __forceinline__ int row_of_warp() { return blockIdx.x * (ROW_THREADS / WARP) + threadIdx.x / WARP; }
+static int row_blocks(int rows) { return ceil_div(rows, ROW_THREADS / WARP); }
+
+static __global__ void layernorm_forward_kernel(floatX* out, float* stats, const floatX* u, const floatX* weight,
+                                                const floatX* bias, int rows, int C) {
+    int row = row_of_warp(), lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    u += (size_t)row * C;
+    out += (size_t)row * C;
+    float mean = 0, variance = 0;
+    for (int c = lane; c < C; c += WARP) mean += to_float(u[c]);
+    mean = warp_sum(mean) / C;
+    for (int c = lane; c < C; c += WARP) variance += (to_float(u[c]) - mean) * (to_float(u[c]) - mean);
+    float rstd = 1 / sqrtf(warp_sum(variance) / C + 1e-5f);
+    for (int c = lane; c < C; c += WARP)
+        out[c] = from_float<floatX>((to_float(u[c]) - mean) * rstd * to_float(weight[c]) + to_float(bias[c]));
+    if (lane) return;
+    stats[row * (size_t)2] = mean;
+    stats[row * (size_t)2 + 1] = rstd;
+}
+// out (rows, C), stats (rows, 2) = {mean, rstd} from u (rows, C)
+static void layernorm_forward_gpu(floatX* out, float* stats, const floatX* u, const floatX* weight, const floatX* bias, int rows,
+                                  int C, cudaStream_t stream) {
+    layernorm_forward_kernel<<<row_blocks(rows), ROW_THREADS, 0, stream>>>(out, stats, u, weight, bias, rows, C);
+    LAUNCHED();
+}
+
+static __global__ void layernorm_backward_kernel(floatX* du, const floatX* dout, const float* stats, const floatX* u,
+                                                 const floatX* weight, bool add, int copies, int rows, int C) {
+    int row = row_of_warp(), lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    float mean = stats[row * (size_t)2], rstd = stats[row * (size_t)2 + 1], sum = 0, along = 0;
+    u += (size_t)row * C;
+    dout += (size_t)row * C;
+    du += (size_t)row * copies * C;
+    for (int c = lane; c < C; c += WARP) {
+        float d = to_float(weight[c]) * to_float(dout[c]);
+        sum += d;
+        along += d * (to_float(u[c]) - mean) * rstd;
+    }
+    sum = warp_sum(sum) / C;
+    along = warp_sum(along) / C;
+    for (int c = lane; c < C; c += WARP) {
+        float d = to_float(weight[c]) * to_float(dout[c]), xhat = (to_float(u[c]) - mean) * rstd;
+        float gradient = (d - sum - xhat * along) * rstd / copies;
+        for (int i = 0; i < copies; i++)
+            du[i * C + c] = from_float<floatX>(gradient + (add ? to_float(du[i * C + c]) : 0));
+    }
+}
+
+static __global__ void sum_layernorm_kernel(float* slabs, const floatX* dout, const floatX* u, const float* stats, int rows,
+                                            int C) {
+    int ch = blockIdx.y * WARP + threadIdx.x, first = blockIdx.x * SUM_ROWS;
+    size_t row = first + threadIdx.y, last = min(first + SUM_ROWS, rows);
+    float dweight = 0, dbias = 0;
+    for (; row < last && ch < C; row += SUM_LINES) {
+        float d = to_float(dout[row * C + ch]);
+        dweight += d * (to_float(u[row * C + ch]) - stats[row * 2]) * stats[row * 2 + 1];
+        dbias += d;
+    }
+    dweight = sum_lines(dweight);
+    dbias = sum_lines(dbias);
+    if (threadIdx.y || ch >= C) return;
+    slabs += (size_t)blockIdx.x * 2 * C;
+    slabs[ch] = dweight;
+    slabs[C + ch] = dbias;
+}
+// dweight, dbias (C) of LayerNorm += from dout (rows, C); slabs: sum_scratch(rows, 2C) floats
+static void sum_layernorm_gpu(float* dweight, float* dbias, float* slabs, const floatX* dout, const floatX* u,
+                              const float* stats, int rows, int C, cudaStream_t stream) {
+    int count = ceil_div(rows, SUM_ROWS);
+    dim3 blocks(count, ceil_div(C, WARP)), threads(WARP, SUM_LINES);
+    sum_layernorm_kernel<<<blocks, threads, 0, stream>>>(slabs, dout, u, stats, rows, C);
+    LAUNCHED();
+    add_slabs_gpu(dweight, C, dbias, C, slabs, count, stream);
+}
+
+// du (rows, C) += the gradient of u; dweight, dbias (C) +=. The residual path is in du already: one rounding.
+static void layernorm_backward_gpu(floatX* du, float* dweight, float* dbias, const floatX* dout, const float* stats,
+                                   const floatX* u, const floatX* weight, float* slabs, int rows, int C, cudaStream_t stream) {
+    layernorm_backward_kernel<<<row_blocks(rows), ROW_THREADS, 0, stream>>>(du, dout, stats, u, weight, true, 1, rows, C);
+    LAUNCHED();
+    sum_layernorm_gpu(dweight, dbias, slabs, dout, u, stats, rows, C, stream);
+}
+
+// y = x + f, or f where x is NULL
+static __global__ void add_kernel(floatX* y, const floatX* x, const floatX* f, size_t count) {
+    size_t i = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
+    if (i < count) y[i] = x ? from_float<floatX>(to_float(x[i]) + to_float(f[i])) : f[i];
+}
+static void add_gpu(floatX* y, const floatX* x, const floatX* f, size_t count, cudaStream_t stream) {
+    add_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(y, x, f, count);
+    LAUNCHED();
+}
+
+// ------------------------------------------------------------------------------------------------
+// Both ends: embedding, mean over the streams, cross-entropy
+
+static __global__ void embedding_forward_kernel(floatX* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int T,
+                                                int n, int C) {
+    size_t row = blockIdx.x;
+    const floatX *token = wte + (size_t)tokens[row] * C, *position = wpe + row % T * C;
+    for (int c = threadIdx.x; c < C; c += ROW_THREADS) {
+        floatX sum = from_float<floatX>(to_float(token[c]) + to_float(position[c]));
+        for (int i = 0; i < n; i++) x[(row * n + i) * C + c] = sum;
+    }
+}
+// x (rows, n, C): n copies of wte[token] + wpe[position]
+static void embedding_forward_gpu(floatX* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int rows, int T, int n,
+                                  int C, cudaStream_t stream) {
+    embedding_forward_kernel<<<rows, ROW_THREADS, 0, stream>>>(x, tokens, wte, wpe, T, n, C);
+    LAUNCHED();
+}
+
+typedef struct {                // rows by token: those of group g are order[first[g]] .. order[first[g + 1] - 1]
+    int32_t *order, *first, *token;     // (rows), (count + 1), (count)
+    int count;
+} TokenGroups;
+
+// Groups the rows by their token, on the host; within a group they keep their order. Returns the number of groups.
+static int token_groups(int32_t* order, int32_t* first, int32_t* token, const int32_t* tokens, int rows, int V) {
+    int32_t* start = (int32_t*)allocate((size_t)V + 1, sizeof(int32_t));
+    int count = 0;
+    for (int r = 0; r < rows; r++) start[tokens[r] + 1]++;
+    for (int v = 0; v < V; v++) {
+        if (start[v + 1]) {
+            first[count] = start[v];
+            token[count++] = v;
+        }
+        start[v + 1] += start[v];
+    }
+    first[count] = rows;
+    for (int r = 0; r < rows; r++) order[start[tokens[r]]++] = r;
+    free(start);
+    return count;
+}
+
+// The sum over the streams of row r, channel c
+__device__ __forceinline__ float stream_sum(const floatX* dx, size_t r, int c, int n, int C) {
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += to_float(dx[(r * n + i) * C + c]);
+    return sum;
+}
+
+static __global__ void embedding_tokens_kernel(float* dwte, const floatX* dx, const int32_t* order, const int32_t* first,
+                                               const int32_t* token, int n, int C) {
+    int g = blockIdx.x, c = blockIdx.y * WARP + threadIdx.x;
+    float sum = 0;
+    for (int r = first[g] + threadIdx.y; r < first[g + 1] && c < C; r += SUM_LINES)
+        sum += stream_sum(dx, order[r], c, n, C);
+    sum = sum_lines(sum);
+    if (threadIdx.y == 0 && c < C) dwte[(size_t)token[g] * C + c] += sum;
+}
+
+static __global__ void embedding_positions_kernel(float* dwpe, const floatX* dx, int rows, int T, int n, int C) {
+    size_t t = blockIdx.x;
+    for (int c = threadIdx.x; c < C; c += ROW_THREADS) {
+        float sum = 0;
+        for (size_t r = t; r < (size_t)rows; r += T) sum += stream_sum(dx, r, c, n, C);
+        dwpe[t * C + c] += sum;
+    }
+}
+// dwte (V, C), dwpe (T, C) += from dx (rows, n, C)
+static void embedding_backward_gpu(float* dwte, float* dwpe, const floatX* dx, const TokenGroups* groups, int rows, int T, int n,
+                                   int C, cudaStream_t stream) {
+    dim3 blocks(groups->count, ceil_div(C, WARP)), threads(WARP, SUM_LINES);
+    embedding_tokens_kernel<<<blocks, threads, 0, stream>>>(dwte, dx, groups->order, groups->first, groups->token, n, C);
+    LAUNCHED();
+    embedding_positions_kernel<<<min_int(T, rows), ROW_THREADS, 0, stream>>>(dwpe, dx, rows, T, n, C);
+    LAUNCHED();
+}
+
+static __global__ void mean_streams_kernel(floatX* mean, const floatX* x, int n, int C, size_t count) {
+    size_t i = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
+    if (i < count) mean[i] = from_float<floatX>(stream_sum(x, i / C, i % C, n, C) / n);
+}
+// mean (rows, C) over the streams of x (rows, n, C); ln (rows, C), stats (rows, 2): the final LayerNorm of it
+static void readout_forward_gpu(floatX* mean, floatX* ln, float* stats, const floatX* x, const floatX* weight,
+                                const floatX* bias, int rows, int n, int C, cudaStream_t stream) {
+    size_t count = (size_t)rows * (size_t)C;
+    mean_streams_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(mean, x, n, C, count);
+    LAUNCHED();
+    layernorm_forward_gpu(ln, stats, mean, weight, bias, rows, C, stream);
+}
+// dx (rows, n, C) = from dln (rows, C); dweight, dbias (C) of the final LayerNorm +=
+static void readout_backward_gpu(floatX* dx, float* dweight, float* dbias, const floatX* dln, const float* stats,
+                                 const floatX* mean, const floatX* weight, float* slabs, int rows, int n, int C,
+                                 cudaStream_t stream) {
+    layernorm_backward_kernel<<<row_blocks(rows), ROW_THREADS, 0, stream>>>(dx, dln, stats, mean, weight, false, n, rows, C);
+    LAUNCHED();
+    sum_layernorm_gpu(dweight, dbias, slabs, dln, mean, stats, rows, C, stream);
+}
+
+enum { CLASSIFIER_THREADS = 256 };
+
+// A block a row. The largest logit and the sum of exponentials in one walk: each thread keeps its own, brought together after.
+static __global__ void classifier_kernel(float* losses, floatX* logits, const int32_t* targets, float scale, int V, int Vp) {
+    size_t row = blockIdx.x;
+    int target = targets[row];
+    logits += row * Vp;
+    float max = -INFINITY, sum = 0, logit_of_target = to_float(logits[target]);
+    for (int v = threadIdx.x; v < V; v += CLASSIFIER_THREADS) {
+        float x = to_float(logits[v]);
+        if (x > max) {
+            sum *= expf(max - x);
+            max = x;
+        }
+        sum += expf(x - max);
+    }
+    float largest = block_max(max);
+    sum = block_sum(sum == 0 ? 0 : sum * expf(max - largest));      // a NaN stays one
+    if (threadIdx.x == 0) losses[row] = logf(sum) + largest - logit_of_target;
+    if (scale <= 0) return;
+    for (int v = threadIdx.x; v < Vp; v += CLASSIFIER_THREADS) {
+        float p = v < V ? expf(to_float(logits[v]) - largest) / sum - (v == target) : 0;
+        logits[v] = from_float<floatX>(p * scale);
+    }
+}
+// losses (rows), nats. With scale > 0 logits (rows, Vp) become their gradient, scale times softmax - one-hot; those from V on
+// are padding: in no softmax, and with gradient zero.
+static void classifier_gpu(float* losses, floatX* logits, const int32_t* targets, float scale, int rows, int V, int Vp,
+                           cudaStream_t stream) {
+    classifier_kernel<<<rows, CLASSIFIER_THREADS, 0, stream>>>(losses, logits, targets, scale, V, Vp);
+    LAUNCHED();
+}
+// ------------------------------------------------------------------------------------------------
+// Hyper-connections (mHC Eq. 3, 7-9; HC Eq. 5), every residual mode with streams: plain kernels, which say
+// what faster ones must compute. Where channels are walked a warp has a token, its lanes side by side; where
+// coefficients are computed a thread has one. Kernels know n when they are compiled, so that whatever has n
+// or n*n entries stays in registers.
+//
+// Rounded to floatX, once each: y and u on the way forward; on the way back df, and the state's gradient
+// after the write's part and again after the read's (in between it is in memory). The norm, the projection
+// and the read see the rounded y, LayerNorm the rounded u: the way back finds in memory what was computed
+// with.
+
+typedef struct {                // what kernels must know of the configuration, by value
+    int n, C;                   // streams, channels
+    int M, count;               // numbers in a token's mix, and in its coef
+    int groups, width, outs;    // of a token: groups vectors of width numbers, each through fn (outs, width)
+    int scales;                 // numbers in scale
+    int residual, order, maps;
+    int divisions, row_turns;   // of Sinkhorn-Knopp; division t is by row sums where bit t % 2 is set
+    bool is_static;
+} Connections;
+
+static Connections connections_of(const Config* c) {
+    assert(has_connections(c) && c->n >= 1 && c->n <= MAX_N && c->C >= 1);
+    int turns = divides_rows(c->order, 0) | divides_rows(c->order, 1) << 1;
+    int groups = projection_groups(c), width = projection_width(c), outs = projection_outs(c);
+    Connections k = {c->n, c->C, projection_M(c), coefficient_count(c), groups, width, outs,
+                     (int)dim_size(c, DIM_SCALES), c->residual, c->order, c->maps, division_count(c), turns,
+                     c->is_static};
+    return k;
+}
+
+enum {
+    TOKEN_THREADS = 128,        // where a warp has a token, and where a thread has one
+    TOKENS = TOKEN_THREADS / WARP,
+    TILE_TOKENS = 8,            // tokens (or vectors) that share each number of fn once it is read
+    PROJECT_THREADS = TILE_TOKENS * WARP,
+    STATE_THREADS = 128,        // a thread has a channel
+    FN_THREADS = 128,           // a thread has a column of fn
+    FN_TILE = 32,               // vectors whose z lies in shared memory at a time
+    FN_SLABS = 32,              // for fn's gradient rows are cut into at most so many slabs
+};
+static_assert(TOKEN_THREADS % WARP == 0, "tokens have whole warps");
+
+// kernel<n><<<blocks, threads, 0, stream>>>(..)
+#define LAUNCH_N(n, kernel, blocks, threads, stream, ...)                                                    \
+    switch (n) {                                                                                             \
+        case 1: kernel<1><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
+        case 2: kernel<2><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
+        case 3: kernel<3><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
+        case 4: kernel<4><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
+        case 5: kernel<5><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
+        case 6: kernel<6><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
+        case 7: kernel<7><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
+        case 8: kernel<8><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
+    }                                                                                                        \
+    LAUNCHED()
+
+// Coefficients of a token, pre (n) | post (n) | res (n, n)[out][in]; fn has no more outputs than that.
+__host__ __device__ constexpr int coefs(int n) { return n * n + 2 * n; }
+
+// What map_of, source_of and place_of of the reference say.
+template <int N> __device__ __forceinline__ int coef_map(int m) { return m < N ? 0 : m < 2 * N ? 1 : 2; }
+template <int N> __device__ __forceinline__ int coef_source(int m, const Connections& c) {
+    return c.residual == RESIDUAL_HC ? m % N : 0;
+}
+template <int N> __device__ __forceinline__ int coef_place(int m, const Connections& c) {
+    return c.residual == RESIDUAL_HC ? m % N * (N + 2) + m / N : m;
+}
+template <int N> __device__ __forceinline__ bool coef_is_on(int m, const Connections& c) {
+    return c.maps >> coef_map<N>(m) & 1;
+}
+// What a map is when it is off: read 1/n, write 1, mix I.
+template <int N> __device__ __forceinline__ float coef_neutral(int m) {
+    return m < N ? 1.0f / N : m < 2 * N || (m - 2 * N) / N == (m - 2 * N) % N ? 1 : 0;
+}
+__device__ __forceinline__ bool mixes_by_sinkhorn(const Connections& c) {
+    return c.residual == RESIDUAL_MHC && c.maps >> 2 & 1;
+}
+
+// Beyond +-87 it saturates, as the reference's does; NaN stays NaN.
+__device__ __forceinline__ float exp_saturated(float x) {
+    x = x > 87.0f ? 87.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    return expf(x);
+}
+
+// The row of this warp's token
+__device__ __forceinline__ int token_of_warp() { return blockIdx.x * TOKENS + threadIdx.x / WARP; }
+
+// out[e] = the sum over the warp of values[e]
+template <int COUNT>
+__device__ __forceinline__ void store_warp_sums(float* out, const float (&values)[COUNT]) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int e = 0; e < COUNT; e++) {
+        float sum = warp_sum(values[e]);
+        if (lane == e % WARP) out[e] = sum;
+    }
+}
+
+// --- Sinkhorn-Knopp (mHC Eq. 9), one matrix (n, n) a thread
+
+// Entry e of line k, where lines are rows or columns
+template <int N, bool ROWS> __device__ __forceinline__ constexpr int entry_of(int k, int e) {
+    return ROWS ? k * N + e : e * N + k;
+}
+
+// R = exp(R - max of its line). Without shift, exp(R).
+template <int N, bool ROWS> __device__ __forceinline__ void exp_lines(float* R, bool shift) {
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        float max = R[entry_of<N, ROWS>(k, 0)];
+#pragma unroll
+        for (int e = 1; e < N; e++) max = R[entry_of<N, ROWS>(k, e)] > max ? R[entry_of<N, ROWS>(k, e)] : max;
+        max = shift ? max : 0;
+#pragma unroll
+        for (int e = 0; e < N; e++) {
+            float& entry = R[entry_of<N, ROWS>(k, e)];
+            entry = exp_saturated(entry - max);
+        }
+    }
+}
+
+// Divides by the sums of lines. That of line k goes to sums[k * stride], unless sums is NULL.
+template <int N, bool ROWS>
+__device__ __forceinline__ void divide_lines(float* R, float* sums, size_t stride) {
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        float sum = 1e-12f;
+#pragma unroll
+        for (int e = 0; e < N; e++) sum += R[entry_of<N, ROWS>(k, e)];
+        float inverse = 1 / sum;
+#pragma unroll
+        for (int e = 0; e < N; e++) R[entry_of<N, ROWS>(k, e)] *= inverse;
+        if (sums) sums[k * stride] = sum;
+    }
+}
+
+// Back through that division: R and its gradient d become what they were before it.
+template <int N, bool ROWS>
+__device__ __forceinline__ void divide_lines_backward(float* d, float* R, const float* sums, size_t stride) {
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        float along = 0, sum = sums[k * stride], inverse = 1 / sum;
+#pragma unroll
+        for (int e = 0; e < N; e++) along += d[entry_of<N, ROWS>(k, e)] * R[entry_of<N, ROWS>(k, e)];
+#pragma unroll
+        for (int e = 0; e < N; e++) {
+            float& entry = d[entry_of<N, ROWS>(k, e)];
+            entry = (entry - along) * inverse;
+            R[entry_of<N, ROWS>(k, e)] *= sum;
+        }
+    }
+}
+
+// In: logits. Out: R; and sums (divisions, n), what was divided by, stride numbers apart (or NULL).
+template <int N>
+__device__ __forceinline__ void token_sinkhorn(float* R, float* sums, size_t stride, const Connections& c) {
+    if (c.row_turns & 1) exp_lines<N, true>(R, true);
+    else exp_lines<N, false>(R, c.order != ORDER_NONE);
+    for (int t = 0; t < c.divisions; t++) {
+        float* divisors = sums ? sums + (size_t)t * N * stride : NULL;
+        if (c.row_turns >> t % 2 & 1) divide_lines<N, true>(R, divisors, stride);
+        else divide_lines<N, false>(R, divisors, stride);
+    }
+}
+
+// In: d, the gradient of R. Out: that of the logits. R becomes exp(logits).
+template <int N>
+__device__ __forceinline__ void token_sinkhorn_backward(float* d, float* R, const float* sums, size_t stride,
+                                                        const Connections& c) {
+    for (int t = c.divisions - 1; t >= 0; t--) {
+        const float* divisors = sums + (size_t)t * N * stride;
+        if (c.row_turns >> t % 2 & 1) divide_lines_backward<N, true>(d, R, divisors, stride);
+        else divide_lines_backward<N, false>(d, R, divisors, stride);
+    }
+#pragma unroll
+    for (int e = 0; e < N * N; e++) d[e] *= R[e];               // through exp
+}
+
+// ------------------------------------------------------------------------------------------------
+// The way forward: write, project, coefficients, read.
+
+template <int N>
+static __global__ void write_kernel(floatX* y, const floatX* x, const floatX* f, const float* coef, int C,
+                                    int rows) {
+    int row = token_of_warp();
+    if (row >= rows) return;                                    // the whole warp
+    float post[N], res[N * N];
+    y += (size_t)row * N * C, x += (size_t)row * N * C, f += (size_t)row * C, coef += (size_t)row * coefs(N);
+#pragma unroll
+    for (int i = 0; i < N; i++) post[i] = coef[N + i];
+#pragma unroll
+    for (int e = 0; e < N * N; e++) res[e] = coef[2 * N + e];
+    for (int ch = threadIdx.x % WARP; ch < C; ch += WARP) {
+        float xs[N], value = to_float(f[ch]);
+#pragma unroll
+        for (int j = 0; j < N; j++) xs[j] = to_float(x[j * C + ch]);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            float sum = post[i] * value;
+#pragma unroll
+            for (int j = 0; j < N; j++) sum += res[i * N + j] * xs[j];
+            y[i * C + ch] = from_float<floatX>(sum);
+        }
+    }
+}
+// y (rows, n, C) = res x + post f (mHC Eq. 3), from x (rows, n, C), f (rows, C), coef (rows, n*n + 2n)
+static void write_gpu(floatX* y, const floatX* x, const floatX* f, const float* coef, Connections c, int rows,
+                      cudaStream_t stream) {
+    LAUNCH_N(c.n, write_kernel, ceil_div(rows, TOKENS), TOKEN_THREADS, stream, y, x, f, coef, c.C, rows);
+}
+
+// A block has TILE_TOKENS vectors and walks them once, a thread to a number; a number of fn is read once for
+// all of them. Warp w sums outputs w, w + TILE_TOKENS, .., and the squares of vector w.
+template <int N>
+static __global__ void project_kernel(float* mix, float* rnorm, const floatX* x, const float* fn,
+                                      Connections c, size_t vectors) {
+    constexpr int SUMS = (coefs(N) + TILE_TOKENS - 1) / TILE_TOKENS;
+    __shared__ float tile[TILE_TOKENS][PROJECT_THREADS], norms[TILE_TOKENS];
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    size_t first = (size_t)blockIdx.x * TILE_TOKENS;
+    float sums[SUMS][TILE_TOKENS] = {}, squares = 0;
+    for (int k0 = 0; k0 < c.width; k0 += PROJECT_THREADS) {
+        int k = k0 + threadIdx.x, count = min(PROJECT_THREADS, c.width - k0);
+#pragma unroll
+        for (int v = 0; v < TILE_TOKENS; v++) {
+            bool there = first + v < vectors && k < c.width;
+            tile[v][threadIdx.x] = there ? to_float(x[(first + v) * c.width + k]) : 0;
+        }
+        __syncthreads();
+        for (int e = lane; e < count; e += WARP) {
+            squares += tile[warp][e] * tile[warp][e];
+#pragma unroll
+            for (int s = 0; s < SUMS; s++) {
+                int out = warp + s * TILE_TOKENS;
+                if (out >= c.outs) break;
+                float weight = fn[(size_t)out * c.width + k0 + e];
+#pragma unroll
+                for (int v = 0; v < TILE_TOKENS; v++) sums[s][v] += weight * tile[v][e];
+            }
+        }
+        __syncthreads();                                        // the tile is written again
+    }
+    float norm = 1 / sqrtf(warp_sum(squares) / c.width + 1e-6f);
+    if (lane == 0) norms[warp] = norm;
+    if (lane == 0 && first + warp < vectors) rnorm[first + warp] = norm;
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < SUMS; s++) {
+        int out = warp + s * TILE_TOKENS;
+        if (out >= c.outs) break;                               // the whole warp
+#pragma unroll
+        for (int v = 0; v < TILE_TOKENS; v++) {
+            float sum = warp_sum(sums[s][v]);
+            if (lane == v && first + v < vectors) mix[(first + v) * c.outs + out] = sum * norms[v];
+        }
+    }
+}
+// mix (rows, M) = fn x / rms(x) and rnorm (rows, groups) = 1 / rms(x), from x (rows, n, C), fn (outs, width)
+static void project_gpu(float* mix, float* rnorm, const floatX* x, const float* fn, Connections c, int rows,
+                        cudaStream_t stream) {
+    size_t vectors = (size_t)rows * c.groups;
+    LAUNCH_N(c.n, project_kernel, ceil_div(vectors, TILE_TOKENS), PROJECT_THREADS, stream, mix, rnorm, x, fn,
+             c, vectors);
+}
+
+// What scale multiplies (tanh in hc). mix of a static connection is not there.
+template <int N> __device__ __forceinline__ float coef_gate(int m, const float* mix, const Connections& c) {
+    if (c.is_static) return 0;
+    float value = mix[coef_place<N>(m, c)];
+    return c.residual == RESIDUAL_HC ? tanhf(value) : value;
+}
+
+// a (n*n + 2n) of a token, before sigmoid and Sinkhorn (mHC Eq. 7); 0 from M on
+template <int N>
+__device__ __forceinline__ void token_logits(float* a, const float* mix, const float* base,
+                                             const float* scale, const Connections& c) {
+#pragma unroll
+    for (int m = 0; m < coefs(N); m++) {
+        float factor = c.is_static ? 0 : scale[m < c.M ? coef_map<N>(m) : 0];
+        a[m] = m < c.M ? factor * coef_gate<N>(m, mix, c) + base[m] : 0;
+    }
+}
+
+template <int N>
+static __global__ void coefficients_kernel(float* coef, const float* mix, const float* base,
+                                           const float* scale, Connections c, int rows) {
+    int row = blockIdx.x * TOKEN_THREADS + threadIdx.x;
+    if (row >= rows) return;
+    float a[coefs(N)];
+    token_logits<N>(a, mix + (size_t)row * c.M, base, scale, c);
+    if (c.residual != RESIDUAL_HC)                              // mHC Eq. 8
+#pragma unroll
+        for (int m = 0; m < 2 * N; m++) a[m] = (m < N ? 1.0f : 2.0f) / (1 + exp_saturated(-a[m]));
+    if (mixes_by_sinkhorn(c)) token_sinkhorn<N>(a + 2 * N, NULL, 0, c);
+#pragma unroll
+    for (int m = 0; m < coefs(N); m++) {
+        bool on = m < c.M && coef_is_on<N>(m, c);
+        coef[(size_t)row * coefs(N) + m] = on ? a[m] : coef_neutral<N>(m);
+    }
+}
+// coef (rows, n*n + 2n) from mix (rows, M), which is not read where the connection is static
+static void coefficients_gpu(float* coef, const float* mix, const float* base, const float* scale,
+                             Connections c, int rows, cudaStream_t stream) {
+    LAUNCH_N(c.n, coefficients_kernel, ceil_div(rows, TOKEN_THREADS), TOKEN_THREADS, stream, coef, mix, base,
+             scale, c, rows);
+}
+
+template <int N>
+static __global__ void read_layernorm_kernel(floatX* u, floatX* ln, float* stats, const floatX* x,
+                                             const float* coef, const floatX* weight, const floatX* bias,
+                                             int C, int rows) {
+    int row = token_of_warp(), lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    float pre[N], mean = 0, variance = 0;
+    u += (size_t)row * C, ln += (size_t)row * C, x += (size_t)row * N * C;
+#pragma unroll
+    for (int i = 0; i < N; i++) pre[i] = coef[(size_t)row * coefs(N) + i];
+    for (int ch = lane; ch < C; ch += WARP) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) sum += pre[i] * to_float(x[i * C + ch]);
+        u[ch] = from_float<floatX>(sum);
+        mean += to_float(u[ch]);
+    }
+    mean = warp_sum(mean) / C;
+    for (int ch = lane; ch < C; ch += WARP) {                   // here and below a lane reads what it wrote
+        float centred = to_float(u[ch]) - mean;
+        variance += centred * centred;
+    }
+    float rstd = 1 / sqrtf(warp_sum(variance) / C + 1e-5f);
+    for (int ch = lane; ch < C; ch += WARP) {
+        float xhat = (to_float(u[ch]) - mean) * rstd;
+        ln[ch] = from_float<floatX>(xhat * to_float(weight[ch]) + to_float(bias[ch]));
+    }
+    if (lane < 2) stats[(size_t)row * 2 + lane] = lane == 0 ? mean : rstd;
+}
+// u (rows, C) = pre x, rounded; ln (rows, C) its LayerNorm, stats (rows, 2) {mean, rstd}; from x (rows, n, C)
+static void read_layernorm_gpu(floatX* u, floatX* ln, float* stats, const floatX* x, const float* coef,
+                               const floatX* weight, const floatX* bias, Connections c, int rows,
+                               cudaStream_t stream) {
+    LAUNCH_N(c.n, read_layernorm_kernel, ceil_div(rows, TOKENS), TOKEN_THREADS, stream, u, ln, stats, x, coef,
+             weight, bias, c.C, rows);
+}
+
+typedef struct {                // between sublayer k and sublayer k + 1
+    const floatX *x, *f;        // (rows, n, C), (rows, C) state before sublayer k, its output; or NULL, NULL
+    const float* coef;          // (rows, n*n + 2n) of sublayer k
+    floatX* y;                  // (rows, n, C) state after it: written; where f is NULL, read
+    const float *fn, *base, *scale;         // from here on all of sublayer k + 1
+    const floatX *weight, *bias;            // (C) of LayerNorm
+    float *mix, *rnorm, *next_coef, *stats; // (rows, M), (rows, groups), (rows, n*n + 2n), (rows, 2)
+    floatX *u, *ln;             // (rows, C) what is read, the sublayer's input
+} Boundary;
+
+// All that lies between the output of one sublayer and the input of the next.
+static void boundary_forward_gpu(const Boundary* b, Connections c, int rows, cudaStream_t stream) {
+    if (b->f) write_gpu(b->y, b->x, b->f, b->coef, c, rows, stream);
+    if (!c.is_static) project_gpu(b->mix, b->rnorm, b->y, b->fn, c, rows, stream);
+    coefficients_gpu(b->next_coef, b->mix, b->base, b->scale, c, rows, stream);
+    read_layernorm_gpu(b->u, b->ln, b->stats, b->y, b->next_coef, b->weight, b->bias, c, rows, stream);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The way back: the write; LayerNorm and the read; the coefficients; the state. The gradient du of what is
+// read is stored nowhere: two sums beside a token's stats are enough to compute it again, never rounded.
+
+template <int N>
+static __global__ void write_backward_kernel(floatX* dx, floatX* df, float* dcoef, const floatX* dy,
+                                             const floatX* x, const floatX* f, const float* coef, int C,
+                                             int rows) {
+    int row = token_of_warp();
+    if (row >= rows) return;
+    float post[N], res[N * N], sums[N + N * N] = {};            // sums: of dpost | dres
+    size_t r = row;
+    dx += r * N * C, dy += r * N * C, x += r * N * C, df += r * C, f += r * C;
+    coef += r * coefs(N), dcoef += r * coefs(N);
+#pragma unroll
+    for (int i = 0; i < N; i++) post[i] = coef[N + i];
+#pragma unroll
+    for (int e = 0; e < N * N; e++) res[e] = coef[2 * N + e];
+    for (int ch = threadIdx.x % WARP; ch < C; ch += WARP) {
+        float dys[N], value = to_float(f[ch]), sum = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            dys[i] = to_float(dy[i * C + ch]);
+            sum += post[i] * dys[i];
+            sums[i] += dys[i] * value;
+        }
+        df[ch] = from_float<floatX>(sum);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            float xj = to_float(x[j * C + ch]), dxj = 0;
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                dxj += res[i * N + j] * dys[i];
+                sums[N + i * N + j] += dys[i] * xj;
+            }
+            dx[j * C + ch] = from_float<floatX>(dxj);
+        }
+    }
+    store_warp_sums(dcoef + N, sums);
+}
+// dx (rows, n, C) but for the read's part, df (rows, C), dcoef (rows, n*n + 2n) but for pre; from dy (rows,
+// n, C), which may be dx
+static void write_backward_gpu(floatX* dx, floatX* df, float* dcoef, const floatX* dy, const floatX* x,
+                               const floatX* f, const float* coef, Connections c, int rows,
+                               cudaStream_t stream) {
+    LAUNCH_N(c.n, write_backward_kernel, ceil_div(rows, TOKENS), TOKEN_THREADS, stream, dx, df, dcoef, dy, x,
+             f, coef, c.C, rows);
+}
+
+typedef struct { float mean, rstd, sum, along; } ReadSums;     // last two: means of weight dln (1, xhat)
+
+// du of one channel
+__device__ __forceinline__ float read_gradient(float dln, float weight, float u, ReadSums s) {
+    return (weight * dln - s.sum - (u - s.mean) * s.rstd * s.along) * s.rstd;
+}
+
+template <int N>
+static __global__ void read_backward_kernel(float* dcoef, float* sums, const floatX* dln, const floatX* x,
+                                            const floatX* u, const float* stats, const floatX* weight, int C,
+                                            int rows) {
+    int row = token_of_warp(), lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    size_t r = row;
+    ReadSums s = {stats[r * 2], stats[r * 2 + 1], 0, 0};
+    float dpre[N] = {}, sum = 0, along = 0;
+    dln += r * C, u += r * C, x += r * N * C;
+    for (int ch = lane; ch < C; ch += WARP) {
+        float g = to_float(weight[ch]) * to_float(dln[ch]);
+        sum += g;
+        along += g * (to_float(u[ch]) - s.mean) * s.rstd;
+    }
+    s.sum = warp_sum(sum) / C;
+    s.along = warp_sum(along) / C;
+    for (int ch = lane; ch < C; ch += WARP) {
+        float du = read_gradient(to_float(dln[ch]), to_float(weight[ch]), to_float(u[ch]), s);
+#pragma unroll
+        for (int i = 0; i < N; i++) dpre[i] += du * to_float(x[i * C + ch]);
+    }
+    store_warp_sums(dcoef + r * coefs(N), dpre);
+    if (lane < 2) sums[r * 2 + lane] = lane == 0 ? s.sum : s.along;
+}
+// pre of dcoef (rows, n*n + 2n), and the last two of ReadSums in sums (rows, 2); from dln (rows, C)
+static void read_backward_gpu(float* dcoef, float* sums, const floatX* dln, const floatX* x, const floatX* u,
+                              const float* stats, const floatX* weight, Connections c, int rows,
+                              cudaStream_t stream) {
+    LAUNCH_N(c.n, read_backward_kernel, ceil_div(rows, TOKENS), TOKEN_THREADS, stream, dcoef, sums, dln, x, u,
+             stats, weight, c.C, rows);
+}
+
+// In: d (n*n + 2n), gradients of a token's coef. Out: those of its logits; zero for a map that is off.
+template <int N>
+__device__ __forceinline__ void token_logits_backward(float* d, const float* coef, const float* mix,
+                                                      const float* base, const float* scale, float* divisors,
+                                                      size_t stride, const Connections& c) {
+#pragma unroll
+    for (int m = 0; m < 2 * N; m++) {
+        float top = m < N ? 1 : 2, y = coef[m];                 // y = top sigmoid(a): dy/da = y (1 - y / top)
+        if (c.residual != RESIDUAL_HC) d[m] *= y * (1 - y / top);
+    }
+#pragma unroll
+    for (int m = 0; m < coefs(N); m++) d[m] = coef_is_on<N>(m, c) ? d[m] : 0;
+    if (!mixes_by_sinkhorn(c)) return;
+    float a[coefs(N)];
+    token_logits<N>(a, mix, base, scale, c);
+    token_sinkhorn<N>(a + 2 * N, divisors, stride, c);
+    token_sinkhorn_backward<N>(d + 2 * N, a + 2 * N, divisors, stride, c);
+}
+
+// From d, the gradients of a token's logits: its terms of dbase and dscale, z and shrink
+template <int N>
+__device__ __forceinline__ void token_terms(float* terms, float* z, float* shrink, const float* d,
+                                            const float* mix, const float* rnorm, const float* scale,
+                                            const Connections& c) {
+    float dscale[3] = {}, through[N] = {};
+#pragma unroll
+    for (int m = 0; m < coefs(N); m++) {
+        if (m >= c.M) break;                                    // in ihc, where res begins
+        terms[m] = d[m];
+        if (c.is_static) continue;
+        int place = coef_place<N>(m, c);
+        float y = coef_gate<N>(m, mix, c), slope = c.residual == RESIDUAL_HC ? 1 - y * y : 1;
+        float dmix = scale[coef_map<N>(m)] * d[m] * slope, shrinks = dmix * mix[place];
+        dscale[coef_map<N>(m)] += d[m] * y;
+        z[place] = dmix * rnorm[coef_source<N>(m, c)];
+        if (c.residual == RESIDUAL_HC) through[m % N] += shrinks;
+        else through[0] += shrinks;
+    }
+#pragma unroll
+    for (int i = 0; i < 3; i++)
+        if (i < c.scales) terms[c.M + i] = dscale[i];
+#pragma unroll
+    for (int i = 0; i < N; i++)                                 // d rms(x): the term that is easily forgotten
+        if (!c.is_static && i < c.groups) shrink[i] = through[i] * (rnorm[i] * rnorm[i] / c.width);
+}
+
+template <int N>
+static __global__ void coefficients_backward_kernel(float* terms, float* z, float* shrink, float* divisors,
+                                                    const float* dcoef, const float* coef, const float* mix,
+                                                    const float* rnorm, const float* base, const float* scale,
+                                                    Connections c, int rows) {
+    int row = blockIdx.x * TOKEN_THREADS + threadIdx.x;
+    if (row >= rows) return;
+    float d[coefs(N)];
+    size_t r = row;
+    coef += r * coefs(N), dcoef += r * coefs(N), mix += r * c.M, rnorm += r * c.groups;
+#pragma unroll
+    for (int m = 0; m < coefs(N); m++) d[m] = dcoef[m];
+    token_logits_backward<N>(d, coef, mix, base, scale, divisors + r, rows, c);
+    token_terms<N>(terms + r * (c.M + c.scales), z + r * c.M, shrink + r * c.groups, d, mix, rnorm, scale, c);
+}
+// From dcoef (rows, n*n + 2n): terms (rows, M + scales) of dbase and dscale; unless the connection is static
+// z (rows, M), the gradient of fn x, and shrink (rows, groups), what the way through rms(x) takes from dx for
+// each unit of x. divisors (divisions * n, rows) is scratch: local memory would be there for every thread
+// that the device can hold at once, whatever the number of rows.
+static void coefficients_backward_gpu(float* terms, float* z, float* shrink, float* divisors,
+                                      const float* dcoef, const float* coef, const float* mix,
+                                      const float* rnorm, const float* base, const float* scale,
+                                      Connections c, int rows, cudaStream_t stream) {
+    LAUNCH_N(c.n, coefficients_backward_kernel, ceil_div(rows, TOKEN_THREADS), TOKEN_THREADS, stream, terms,
+             z, shrink, divisors, dcoef, coef, mix, rnorm, base, scale, c, rows);
+}
+
+// sum[i][v] = fn^T z at one channel, which fn begins at: stream i of token v
+template <int N>
+__device__ __forceinline__ void project_backward(float (&sum)[N][TILE_TOKENS], const float* fn,
+                                                 const float (&z)[TILE_TOKENS][coefs(N)],
+                                                 const Connections& c) {
+    bool together = c.groups == 1;                              // all streams have one z; else each its own
+    for (int o = 0; o < c.outs; o++)
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            float weight = fn[(size_t)o * c.width + (together ? i * c.C : 0)];
+#pragma unroll
+            for (int v = 0; v < TILE_TOKENS; v++) sum[i][v] += weight * z[v][together ? o : i * c.outs + o];
+        }
+}
+
+typedef struct {                // what the gradient of the state is made of
+    const floatX *dln, *x, *u, *weight;         // (rows, C), (rows, n, C), (rows, C), LayerNorm's (C)
+    const float *stats, *sums, *coef;           // (rows, 2), (rows, 2), (rows, n*n + 2n)
+    const float *z, *shrink, *fn;               // (rows, M), (rows, groups), (outs, width)
+} StateTerms;
+
+template <int N>
+static __global__ void state_backward_kernel(floatX* dx, StateTerms t, Connections c, int rows) {
+    __shared__ float z[TILE_TOKENS][coefs(N)];
+    int first = blockIdx.x * TILE_TOKENS, tokens = min((int)TILE_TOKENS, rows - first);
+    int ch = blockIdx.y * STATE_THREADS + threadIdx.x;
+    float through[N][TILE_TOKENS] = {};
+    for (int e = threadIdx.x; e < TILE_TOKENS * c.M && !c.is_static; e += STATE_THREADS)
+        z[e / c.M][e % c.M] = e / c.M < tokens ? t.z[(size_t)first * c.M + e] : 0;
+    __syncthreads();
+    if (ch >= c.C) return;
+    if (!c.is_static) project_backward<N>(through, t.fn + ch, z, c);
+#pragma unroll
+    for (int v = 0; v < TILE_TOKENS; v++) {
+        if (v >= tokens) break;
+        size_t row = first + v, at = row * c.C + ch;
+        ReadSums s = {t.stats[row * 2], t.stats[row * 2 + 1], t.sums[row * 2], t.sums[row * 2 + 1]};
+        float du = read_gradient(to_float(t.dln[at]), to_float(t.weight[ch]), to_float(t.u[at]), s);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            size_t state = (row * N + i) * c.C + ch;
+            float shrink = c.is_static ? 0 : t.shrink[row * c.groups + (c.groups == 1 ? 0 : i)];
+            float sum = t.coef[row * coefs(N) + i] * du - shrink * to_float(t.x[state]) + through[i][v];
+            dx[state] = from_float<floatX>(to_float(dx[state]) + sum);
+        }
+    }
+}
+// dx (rows, n, C) += pre du - shrink x + fn^T z, in fp32 and rounded once
+static void state_backward_gpu(floatX* dx, StateTerms terms, Connections c, int rows, cudaStream_t stream) {
+    dim3 blocks(ceil_div(rows, TILE_TOKENS), ceil_div(c.C, STATE_THREADS));
+    LAUNCH_N(c.n, state_backward_kernel, blocks, STATE_THREADS, stream, dx, terms, c, rows);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Gradients of parameters, sums over all rows in two phases: blocks sum slabs of rows, which the sizes alone
+// determine; then add_slabs adds their sums, always in the same order.
+
+// For fn's gradient: vectors in a slab, whole tiles; and at most how many slabs so many vectors or less are
+static int fn_slab_vectors(size_t vectors) {
+    return ceil_div(ceil_div(vectors, FN_SLABS), FN_TILE) * FN_TILE;
+}
+static int most_fn_slabs(size_t vectors) { return min_int(FN_SLABS, ceil_div(vectors, FN_TILE)); }
+
+// A thread has a column of fn and all its outputs, and walks the vectors of a slab in order.
+template <int N>
+static __global__ void sum_fn_kernel(float* slabs, const float* z, const floatX* x, Connections c,
+                                     size_t vectors, int slab_vectors) {
+    __shared__ float tile[FN_TILE][coefs(N)];                   // zeros from outs on
+    int k = blockIdx.x * FN_THREADS + threadIdx.x;
+    size_t first = (size_t)blockIdx.y * slab_vectors, last = min(first + slab_vectors, vectors);
+    float sums[coefs(N)] = {};
+    for (; first < last; first += FN_TILE) {
+        int count = min((size_t)FN_TILE, last - first);
+        for (int e = threadIdx.x; e < FN_TILE * coefs(N); e += FN_THREADS) {
+            int v = e / coefs(N), o = e % coefs(N);
+            tile[v][o] = v < count && o < c.outs ? z[(first + v) * c.outs + o] : 0;
+        }
+        __syncthreads();
+#pragma unroll 4
+        for (int v = 0; v < count && k < c.width; v++) {
+            float value = to_float(x[(first + v) * c.width + k]);
+#pragma unroll
+            for (int o = 0; o < coefs(N); o++) sums[o] += tile[v][o] * value;
+        }
+        __syncthreads();                                        // the tile is written again
+    }
+#pragma unroll
+    for (int o = 0; o < coefs(N); o++)
+        if (o < c.outs && k < c.width) slabs[((size_t)blockIdx.y * c.outs + o) * c.width + k] = sums[o];
+}
+// dfn (outs, width) += z^T x, from z (rows, M), x (rows, n, C)
+static void sum_fn_gpu(float* dfn, float* slabs, const float* z, const floatX* x, Connections c, int rows,
+                       cudaStream_t stream) {
+    size_t vectors = (size_t)rows * c.groups;
+    int slab_vectors = fn_slab_vectors(vectors), count = ceil_div(vectors, slab_vectors);
+    dim3 blocks(ceil_div(c.width, FN_THREADS), count);
+    LAUNCH_N(c.n, sum_fn_kernel, blocks, FN_THREADS, stream, slabs, z, x, c, vectors, slab_vectors);
+    add_slabs_gpu(dfn, c.outs * c.width, NULL, 0, slabs, count, stream);
+}
+
+// ------------------------------------------------------------------------------------------------
+// A connection's way back, but for the write: from the input of a sublayer to the state before it.
+
+typedef struct {                // what lives inside connection_backward_gpu
+    float *sums, *terms, *z, *shrink;           // (rows, 2), (rows, M + scales), (rows, M), (rows, groups)
+    float *divisors, *slabs;                    // (divisions * n, rows); of one sum over rows after the other
+    size_t size;                // floats in all
+} ConnectionScratch;
+
+// Laid out from memory on; NULL only counts.
+static ConnectionScratch connection_scratch(float* memory, Connections c, int rows) {
+    ConnectionScratch s = {};
+    size_t r = rows, cols = c.M + c.scales > 2 * c.C ? c.M + c.scales : 2 * c.C;
+    size_t slabs = ceil_div(r, SUM_ROWS) * cols, fn = (size_t)c.outs * c.width * most_fn_slabs(r * c.groups);
+    bool sinkhorn = c.residual == RESIDUAL_MHC && c.maps >> 2 & 1;
+    auto take = [&s, memory](size_t count) {
+        s.size += count;
+        return memory ? memory + (s.size - count) : NULL;
+    };
+    s.sums = take(r * 2);
+    s.terms = take(r * (c.M + c.scales));
+    s.z = take(c.is_static ? 0 : r * c.M);
+    s.shrink = take(c.is_static ? 0 : r * c.groups);
+    s.divisors = take(sinkhorn ? r * c.divisions * c.n : 0);
+    s.slabs = take(!c.is_static && fn > slabs ? fn : slabs);
+    return s;
+}
+// Floats of scratch that connection_backward_gpu wants
+static size_t connection_backward_scratch(Connections c, int rows) {
+    return connection_scratch(NULL, c, rows).size;
+}
+
+typedef struct {
+    floatX* dx;                 // (rows, n, C) in: but for the read's part; out: whole
+    float* dcoef;               // (rows, n*n + 2n) in: post and res; out: pre too
+    const floatX *dln, *x, *u, *weight;         // (rows, C), (rows, n, C), (rows, C), LayerNorm's (C)
+    const float *stats, *coef, *mix, *rnorm;    // (rows, 2), (rows, n*n + 2n), (rows, M), (rows, groups)
+    const float *fn, *base, *scale;
+    float *dfn, *dbase, *dscale;                // +=
+    float *dweight, *dbias;     // (C) of LayerNorm, +=
+} ConnectionBackward;
+
+static void connection_backward_gpu(const ConnectionBackward* b, float* scratch, Connections c, int rows,
+                                    cudaStream_t stream) {
+    ConnectionScratch s = connection_scratch(scratch, c, rows);
+    read_backward_gpu(b->dcoef, s.sums, b->dln, b->x, b->u, b->stats, b->weight, c, rows, stream);
+    coefficients_backward_gpu(s.terms, s.z, s.shrink, s.divisors, b->dcoef, b->coef, b->mix, b->rnorm,
+                              b->base, b->scale, c, rows, stream);
+    StateTerms terms = {b->dln, b->x, b->u, b->weight, b->stats, s.sums, b->coef, s.z, s.shrink, b->fn};
+    state_backward_gpu(b->dx, terms, c, rows, stream);
+    sum_layernorm_gpu(b->dweight, b->dbias, s.slabs, b->dln, b->u, b->stats, rows, c.C, stream);
+    sum_columns_gpu(b->dbase, c.M, b->dscale, c.scales, s.slabs, s.terms, rows, stream);
+    if (!c.is_static) sum_fn_gpu(b->dfn, s.slabs, s.z, b->x, c, rows, stream);
+}
+// ------------------------------------------------------------------------------------------------
+// Causal attention. qkv (B, T, 3C) holds q | k | v of a token, each of NH heads of D = C / NH numbers. With
+// s = q k^T over the keys up to a query's own position:
+//
+//     forward   p = softmax(scale s), out = p v, lse = log sum exp(scale s), scale = 1 / sqrt(D)
+//     backward  delta = dout . out of a query, dp = dout v^T, ds = p (dp - delta),
+//               dq = scale ds k, dk = scale ds^T q, dv = p^T dout
+//
+// The T x T scores never exist: a block of threads owns some rows of a head and walks over tiles of them. In
+// the backward pass p comes from s and lse again, once for dq by blocks that own queries, once for dk and dv
+// by blocks that own keys: each sum has one owner and one order. Two kinds of kernels do this: plain ones,
+// for every head size and precision, and flash ones, for bf16 and heads of 64 and 128, on tensor cores.
+
+static bool attention_plain_only;       // the plain kernels serve every case
+
+struct HeadRows { const floatX* first; int stride; };           // a head's rows, each (D)
+__device__ __forceinline__ const floatX* row_at(HeadRows rows, int t) {
+    return rows.first + (ptrdiff_t)t * rows.stride;
+}
+
+// Where a head begins in qkv and dqkv, in out and dout, and in lse and delta. head = b * NH + h
+struct HeadPlace { size_t qkv, out, row; };
+__device__ __forceinline__ HeadPlace head_place(int head, int T, int C, int NH) {
+    size_t tokens = (size_t)(head / NH) * T, channel = (size_t)(head % NH) * (C / NH);
+    return {tokens * 3 * C + channel, tokens * C + channel, (size_t)head * T};
+}
+
+// The backward pass as an owner of rows sees it: s = row_s . column_s, dp = row_dp . column_dp. Rows are keys
+// and columns queries, or the other way round.
+struct BackwardSides { HeadRows row_s, row_dp, column_s, column_dp; };
+template <bool OF_KEYS>
+__device__ __forceinline__ BackwardSides backward_sides(const floatX* qkv, const floatX* dout, int C) {
+    HeadRows q = {qkv, 3 * C}, k = {qkv + C, 3 * C}, v = {qkv + 2 * C, 3 * C}, d = {dout, C};
+    if (OF_KEYS) return {k, v, q, d};
+    return {q, d, k, v};
+}
+
+// --- delta (B, NH, T) = sum over a head of dout * out
+
+template <int COUNT>
+__device__ __forceinline__ float dot_of(const floatX* a, const floatX* b) {
+    struct alignas(COUNT * sizeof(floatX)) Several { floatX x[COUNT]; };
+    Several from_a = *(const Several*)a, from_b = *(const Several*)b;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sum += to_float(from_a.x[i]) * to_float(from_b.x[i]);
+    return sum;
+}
+
+enum { DELTA_THREADS = 256 };
+
+// LANES threads a row of a head, COUNT numbers at a time
+template <int LANES, int COUNT>
+static __global__ void __launch_bounds__(DELTA_THREADS)
+attention_delta_kernel(float* delta, const floatX* dout, const floatX* out, int B, int T, int C, int NH) {
+    static_assert(WARP % LANES == 0, "a row must not be split between warps");
+    size_t row = ((size_t)blockIdx.x * DELTA_THREADS + threadIdx.x) / LANES;        // (b, t, h)
+    bool present = row < (size_t)B * T * NH;
+    int D = C / NH;
+    size_t first = row / NH * C + row % NH * D;
+    float sum = 0;
+    if (present)
+        for (int c = threadIdx.x % LANES * COUNT; c < D; c += LANES * COUNT)
+            sum += dot_of<COUNT>(dout + first + c, out + first + c);
+    for (int distance = LANES / 2; distance > 0; distance /= 2)
+        sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+    if (present && threadIdx.x % LANES == 0)
+        delta[(row / NH / T * NH + row % NH) * T + row / NH % T] = sum;
+}
+
+template <int LANES, int COUNT>
+static void attention_delta(float* delta, const floatX* dout, const floatX* out, int B, int T, int C, int NH,
+                            cudaStream_t stream) {
+    int blocks = ceil_div((size_t)B * T * NH * LANES, DELTA_THREADS);
+    attention_delta_kernel<LANES, COUNT><<<blocks, DELTA_THREADS, 0, stream>>>(delta, dout, out, B, T, C, NH);
+    LAUNCHED();
+}
+
+// ------------------------------------------------------------------------------------------------
+// Plain attention: a warp owns a few rows; a lane is a column of s in products, and a channel in sums.
+
+enum {
+    PLAIN_WARPS = 4,
+    PLAIN_THREADS = PLAIN_WARPS * WARP,
+    PLAIN_EACH = 8,                             // rows of a warp
+    PLAIN_ROWS = PLAIN_WARPS * PLAIN_EACH,      // and of a block
+    PLAIN_CHANNELS = 4,                         // that a lane sums. A wider head is several blocks' work,
+    PLAIN_WIDTH = PLAIN_CHANNELS * WARP,        // each with so many channels and all the scores
+};
+
+struct PlainTiles {                             // one more than a warp: a column of it lies in 32 banks
+    float rows[PLAIN_ROWS][WARP + 1], columns[WARP][WARP + 1];
+    float weights[PLAIN_ROWS][WARP];
+};
+
+__device__ __forceinline__ float element(HeadRows rows, int t, int c, int T, int D) {
+    return t < T && c < D ? to_float(row_at(rows, t)[c]) : 0;
+}
+
+// s[r] = x[x0 + PLAIN_EACH * warp + r] . y[y0 + lane]
+__device__ __forceinline__ void plain_products(float (&s)[PLAIN_EACH], HeadRows x, int x0, HeadRows y, int y0,
+                                               int T, int D, PlainTiles& tiles) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+#pragma unroll
+    for (int r = 0; r < PLAIN_EACH; r++) s[r] = 0;
+    for (int c0 = 0; c0 < D; c0 += WARP) {
+        __syncthreads();                        // what was there is read
+        for (int i = warp; i < PLAIN_ROWS; i += PLAIN_WARPS)
+            tiles.rows[i][lane] = element(x, x0 + i, c0 + lane, T, D);
+        for (int i = warp; i < WARP; i += PLAIN_WARPS)
+            tiles.columns[i][lane] = element(y, y0 + i, c0 + lane, T, D);
+        __syncthreads();
+        for (int c = 0; c < min(WARP, D - c0); c++)
+#pragma unroll
+            for (int r = 0; r < PLAIN_EACH; r++)
+                s[r] += tiles.rows[warp * PLAIN_EACH + r][c] * tiles.columns[lane][c];
+    }
+}
+
+// sum[r][i] += sum_j weight_j[r] y[y0 + j][c0 + WARP * i + lane], where weight_j is lane j's
+__device__ __forceinline__ void plain_sums(float (&sum)[PLAIN_EACH][PLAIN_CHANNELS],
+                                           const float (&weight)[PLAIN_EACH], HeadRows y, int y0, int c0,
+                                           int T, int D, PlainTiles& tiles) {
+    int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * PLAIN_EACH;
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < PLAIN_EACH; r++) tiles.weights[first + r][lane] = weight[r];
+    __syncwarp();
+    for (int j = 0; j < min(WARP, T - y0); j++)
+#pragma unroll
+        for (int i = 0; i < PLAIN_CHANNELS; i++) {
+            float value = element(y, y0 + j, c0 + WARP * i + lane, T, D);
+#pragma unroll
+            for (int r = 0; r < PLAIN_EACH; r++) sum[r][i] += tiles.weights[first + r][j] * value;
+        }
+}
+
+// to[t][c] = factor[r] sum[r][i] for the rows and channels that exist
+__device__ __forceinline__ void plain_store(floatX* to, size_t stride, int x0, int c0, int T, int D,
+                                            const float (&sum)[PLAIN_EACH][PLAIN_CHANNELS],
+                                            const float (&factor)[PLAIN_EACH]) {
+    int lane = threadIdx.x % WARP, first = x0 + threadIdx.x / WARP * PLAIN_EACH;
+#pragma unroll
+    for (int r = 0; r < PLAIN_EACH; r++)
+#pragma unroll
+        for (int i = 0; i < PLAIN_CHANNELS; i++) {
+            int c = c0 + WARP * i + lane;
+            if (first + r < T && c < D)
+                to[(first + r) * stride + c] = from_float<floatX>(factor[r] * sum[r][i]);
+        }
+}
+
+// A tile of scores becomes exp(scale (s - top)), where top is the largest score so far, of a row: what was
+// summed before shrinks when it moves. total is this lane's part.
+__device__ __forceinline__ void plain_softmax(float (&s)[PLAIN_EACH], float (&top)[PLAIN_EACH],
+                                              float (&total)[PLAIN_EACH],
+                                              float (&sum)[PLAIN_EACH][PLAIN_CHANNELS], int first, int key,
+                                              float scale) {
+#pragma unroll
+    for (int r = 0; r < PLAIN_EACH; r++) {
+        float score = key <= first + r ? s[r] : -INFINITY;
+        float before = top[r];
+        top[r] = fmaxf(before, warp_max(score));                // finite: every row sees key 0
+        float shrink = expf(scale * (before - top[r]));
+        s[r] = expf(scale * (score - top[r]));
+        total[r] = total[r] * shrink + s[r];
+#pragma unroll
+        for (int i = 0; i < PLAIN_CHANNELS; i++) sum[r][i] *= shrink;
+    }
+}
+
+// Grid: heads, tiles of queries from row0 on, PLAIN_WIDTH channels
+static __global__ void __launch_bounds__(PLAIN_THREADS)
+attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int row0, int C, int NH) {
+    __shared__ PlainTiles tiles;
+    int D = C / NH, x0 = row0 + blockIdx.y * PLAIN_ROWS, c0 = blockIdx.z * PLAIN_WIDTH;
+    int lane = threadIdx.x % WARP, first = x0 + threadIdx.x / WARP * PLAIN_EACH;
+    HeadPlace place = head_place(blockIdx.x, T, C, NH);
+    HeadRows q = {qkv + place.qkv, 3 * C}, k = {q.first + C, 3 * C}, v = {k.first + C, 3 * C};
+    float scale = 1 / sqrtf((float)D);
+    float s[PLAIN_EACH], top[PLAIN_EACH], total[PLAIN_EACH] = {}, sum[PLAIN_EACH][PLAIN_CHANNELS] = {};
+    for (int r = 0; r < PLAIN_EACH; r++) top[r] = -INFINITY;
+    for (int key0 = 0; key0 < min(x0 + PLAIN_ROWS, T); key0 += WARP) {
+        plain_products(s, q, x0, k, key0, T, D, tiles);
+        plain_softmax(s, top, total, sum, first, key0 + lane, scale);
+        plain_sums(sum, s, v, key0, c0, T, D, tiles);
+    }
+    for (int r = 0; r < PLAIN_EACH; r++) {
+        total[r] = warp_sum(total[r]);
+        if (c0 == 0 && lane == 0 && first + r < T)
+            lse[place.row + first + r] = scale * top[r] + logf(total[r]);
+        total[r] = 1 / total[r];
+    }
+    plain_store(out + place.out, (size_t)C, x0, c0, T, D, sum, total);
+}
+
+static void attention_forward_plain(floatX* out, float* lse, const floatX* qkv, int B, int T, int row0, int C,
+                                    int NH, cudaStream_t stream) {
+    dim3 grid(B * NH, ceil_div(T - row0, PLAIN_ROWS), ceil_div(C / NH, PLAIN_WIDTH));
+    attention_forward_kernel<<<grid, PLAIN_THREADS, 0, stream>>>(out, lse, qkv, T, row0, C, NH);
+    LAUNCHED();
+}
+
+// s becomes p, dp becomes ds, for a tile of rows from `first` on and the lane's column
+template <bool OF_KEYS>
+__device__ __forceinline__ void plain_gradients(float (&s)[PLAIN_EACH], float (&dp)[PLAIN_EACH], int first,
+                                                int column, int T, const float* lse, const float* delta,
+                                                float scale) {
+#pragma unroll
+    for (int r = 0; r < PLAIN_EACH; r++) {
+        int row = first + r, query = OF_KEYS ? column : row, key = OF_KEYS ? row : column;
+        bool seen = key <= query && query < T;
+        s[r] = seen ? expf(scale * s[r] - lse[query]) : 0;
+        dp[r] = seen ? s[r] * (dp[r] - delta[query]) : 0;
+    }
+}
+
+// Grid: heads, tiles of rows (keys or queries), PLAIN_WIDTH channels
+template <bool OF_KEYS>
+static __global__ void __launch_bounds__(PLAIN_THREADS)
+attention_backward_kernel(floatX* dqkv, const floatX* dout, const float* lse, const float* delta,
+                          const floatX* qkv, int T, int C, int NH) {
+    __shared__ PlainTiles tiles;
+    int D = C / NH, x0 = blockIdx.y * PLAIN_ROWS, c0 = blockIdx.z * PLAIN_WIDTH;
+    int lane = threadIdx.x % WARP, first = x0 + threadIdx.x / WARP * PLAIN_EACH;
+    HeadPlace place = head_place(blockIdx.x, T, C, NH);
+    BackwardSides side = backward_sides<OF_KEYS>(qkv + place.qkv, dout + place.out, C);
+    float scale = 1 / sqrtf((float)D), s[PLAIN_EACH], dp[PLAIN_EACH], factor[PLAIN_EACH];
+    float sum_s[PLAIN_EACH][PLAIN_CHANNELS] = {}, sum_dp[PLAIN_EACH][PLAIN_CHANNELS] = {};
+    int begin = OF_KEYS ? x0 : 0, end = OF_KEYS ? T : min(x0 + PLAIN_ROWS, T);
+    for (int y0 = begin; y0 < end; y0 += WARP) {
+        plain_products(s, side.row_s, x0, side.column_s, y0, T, D, tiles);
+        plain_products(dp, side.row_dp, x0, side.column_dp, y0, T, D, tiles);
+        plain_gradients<OF_KEYS>(s, dp, first, y0 + lane, T, lse + place.row, delta + place.row, scale);
+        plain_sums(sum_s, dp, side.column_s, y0, c0, T, D, tiles);
+        if (OF_KEYS) plain_sums(sum_dp, s, side.column_dp, y0, c0, T, D, tiles);
+    }
+    floatX* to = dqkv + place.qkv;
+    for (int r = 0; r < PLAIN_EACH; r++) factor[r] = scale;
+    plain_store(OF_KEYS ? to + C : to, 3 * (size_t)C, x0, c0, T, D, sum_s, factor);
+    for (int r = 0; r < PLAIN_EACH; r++) factor[r] = 1;
+    if (OF_KEYS) plain_store(to + 2 * C, 3 * (size_t)C, x0, c0, T, D, sum_dp, factor);
+}
+
+static void attention_backward_plain(floatX* dqkv, const floatX* dout, const float* lse, const float* delta,
+                                     const floatX* qkv, int B, int T, int C, int NH, cudaStream_t stream) {
+    dim3 grid(B * NH, ceil_div(T, PLAIN_ROWS), ceil_div(C / NH, PLAIN_WIDTH)), block(PLAIN_THREADS);
+    attention_backward_kernel<false><<<grid, block, 0, stream>>>(dqkv, dout, lse, delta, qkv, T, C, NH);
+    LAUNCHED();
+    attention_backward_kernel<true><<<grid, block, 0, stream>>>(dqkv, dout, lse, delta, qkv, T, C, NH);
+    LAUNCHED();
+}
+
+// ------------------------------------------------------------------------------------------------
+// Flash attention (FlashAttention-2, arXiv 2307.08691) for bf16. A block is 4 warps; a warp owns 16 M rows
+// and keeps their sums in registers. Columns come as tiles in shared memory, the next one on its way while
+// one is worked on.
+//
+// A product of a warp is mma.sync.m16n8k16. Of its 16 x 8 result lane 4 g + t holds columns 2 t and 2 t + 1,
+// as x[0], x[1] of row g and x[2], x[3] of row g + 8. Two results side by side, rounded to bf16, are the
+// first factor of the next product as they are: scores never leave the registers.
+#ifndef PRECISION_FP32
+
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+// --- instructions
+
+// d (16, 8) += a (16, 16) b (16, 8)
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices; lane 8 i + r gives the shared address of row r of matrix i
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&a)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(row) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&a)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(row) : "memory");
+}
+
+// Copies to shared memory without registers; zeros where the source is not present, which is then not read
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool present) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"(from), "r"(present ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_4(uint32_t to, const void* from, bool present) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 ::"r"(to), "l"(from), "r"(present ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All but the newest N groups of this thread are there.
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+__device__ __forceinline__ float power_of_2(float x) { return exp2f(x); }
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+}
+
+// --- tiles in shared memory
+
+enum { FLASH_WARPS = 4, FLASH_THREADS = FLASH_WARPS * WARP, FLASH_STAGES = 2 };
+
+// Where a piece of 16 bytes lies in a tile of rows of D numbers, in numbers. Pieces change places within a
+// row by the row's lowest bits: one piece of each of 8 rows is all 32 banks. As tiles begin at multiples of
+// 256 bytes, a step by an even number of pieces is an exclusive or with the address; one by 8 rows is a sum.
+template <int D>
+__device__ __forceinline__ int tile_offset(int row, int piece) { return row * D + (piece ^ (row & 7)) * 8; }
+template <int D>
+__device__ __forceinline__ uint32_t tile_address(uint32_t tile, int row, int piece) {
+    return tile + tile_offset<D>(row, piece) * (int)sizeof(floatX);
+}
+__host__ __device__ constexpr int tile_bytes(int rows, int D) { return rows * D * (int)sizeof(floatX); }
+
+// Begins to copy rows first .. first + ROWS - 1 of a head; those from T on become zero.
+template <int D, int ROWS>
+__device__ __forceinline__ void load_tile(uint32_t tile, HeadRows from, int first, int T) {
+    constexpr int PIECES = D / 8, EACH = ROWS * PIECES / FLASH_THREADS;
+    static_assert(ROWS * PIECES % FLASH_THREADS == 0, "every thread copies as much");
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        int i = e * FLASH_THREADS + threadIdx.x, row = i / PIECES, piece = i % PIECES, t = first + row;
+        cp_async_16(tile_address<D>(tile, row, piece), row_at(from, t) + piece * 8, t < T);
+    }
+}
+
+// The first factor of products: rows first .. first + 16 M - 1 of a tile. It is kept in registers where there
+// is room for it, else read from shared memory every time.
+template <int M, int D, bool KEPT>
+struct RowFactor {
+    uint32_t at, kept[KEPT ? D / 16 : 1][M][4];
+    __device__ __forceinline__ RowFactor(uint32_t tile, int first) {
+        int lane = threadIdx.x % WARP;
+        at = tile_address<D>(tile, first + lane % 16, lane / 16);
+    }
+    __device__ __forceinline__ void read(uint32_t (&a)[M][4], int k) const {   // numbers 16 k .. 16 k + 15
+#pragma unroll
+        for (int m = 0; m < M; m++) ldmatrix_x4(a[m], (at ^ 32 * k) + tile_bytes(16 * m, D));
+    }
+    __device__ __forceinline__ void keep() {    // when the tile is there
+#pragma unroll
+        for (int k = 0; KEPT && k < D / 16; k++) read(kept[k], k);
+    }
+    __device__ __forceinline__ void get(uint32_t (&a)[M][4], int k) const {
+        if (KEPT) memcpy(a, kept[KEPT ? k : 0], sizeof a);
+        else read(a, k);
+    }
+};
+
+// s (16 M, 8 N) += the factor's rows . the 8 N rows of a tile
+template <int M, int N, int D, bool KEPT>
+__device__ __forceinline__ void flash_products(float (&s)[M][N][4], const RowFactor<M, D, KEPT>& factor,
+                                               uint32_t tile) {
+    int lane = threadIdx.x % WARP;
+    uint32_t at = tile_address<D>(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        uint32_t a[M][4], b[4];
+        factor.get(a, k);
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            ldmatrix_x4(b, (at ^ 32 * k) + tile_bytes(8 * n, D));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_bf16(s[m][n], a[m], b[0], b[1]);
+                mma_bf16(s[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// sum (16 M, D) += weight (16 M, 8 N), rounded to bf16, times the 8 N rows of a tile
+template <int M, int N, int D>
+__device__ __forceinline__ void flash_sums(float (&sum)[M][D / 8][4], const float (&weight)[M][N][4],
+                                           uint32_t tile) {
+    int lane = threadIdx.x % WARP;
+    uint32_t at = tile_address<D>(tile, lane % 16, lane / 16);
+#pragma unroll
+    for (int k = 0; k < N / 2; k++) {
+        uint32_t a[M][4], b[4];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = &weight[m][2 * k + i / 2][i % 2 * 2];
+                a[m][i] = pack_bf16(pair[0], pair[1]);
+            }
+#pragma unroll
+        for (int n = 0; n < D / 8; n += 2) {
+            ldmatrix_x4_trans(b, (at ^ 16 * n) + tile_bytes(16 * k, D));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_bf16(sum[m][n], a[m], b[0], b[1]);
+                mma_bf16(sum[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Multiplies each of a lane's rows by its factor.
+template <int M, int N>
+__device__ __forceinline__ void scale_rows(float (&x)[M][N][4], const float (&factor)[M][2]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) x[m][n][i] *= factor[m][i / 2];
+}
+
+// Writes the warp's rows from `first` on, below T, in pieces of 16 bytes. They pass through `tile`, 16 M rows
+// that are the warp's own.
+template <int M, int D>
+__device__ __forceinline__ void flash_store(floatX* to, size_t stride, int first, int T, floatX* tile,
+                                            const float (&x)[M][D / 8][4]) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int row = 16 * m + 8 * half + lane / 4;
+                uint32_t pair = pack_bf16(x[m][n][2 * half], x[m][n][2 * half + 1]);
+                *(uint32_t*)(tile + tile_offset<D>(row, n) + lane % 4 * 2) = pair;
+            }
+    __syncwarp();
+    constexpr int PIECES = D / 8;
+#pragma unroll
+    for (int i = lane; i < 16 * M * PIECES; i += WARP) {
+        int row = i / PIECES, piece = i % PIECES;
+        const uint4* from = (const uint4*)(tile + tile_offset<D>(row, piece));
+        if (first + row < T) *(uint4*)(to + (first + row) * stride + piece * 8) = *from;
+    }
+}
+
+// --- forward
+
+// Sizes are chosen for 2 blocks a multiprocessor in 255 registers a thread and an A100's 164 KB.
+template <int D>
+struct FlashForward {
+    static constexpr int M = 2, ROWS = 16 * M * FLASH_WARPS, KEYS = D == 64 ? 64 : 32;
+    static constexpr bool KEEPS_ROWS = D == 64;
+    static constexpr size_t SHARED = tile_bytes(ROWS + FLASH_STAGES * 2 * KEYS, D);
+    static_assert(tile_bytes(KEYS, D) % 256 == 0, "tiles begin at multiples of 256 bytes");
+};
+
+// Hides the keys after a query's position: `row` is the warp's first row, `column` the tile's first column.
+template <bool ROWS_ARE_KEYS, int M, int N>
+__device__ __forceinline__ void hide_future(float (&s)[M][N][4], int row, int column) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int r = row + 16 * m + i / 2 * 8 + lane / 4, c = column + 8 * n + lane % 4 * 2 + i % 2;
+                if (ROWS_ARE_KEYS ? r > c : c > r) s[m][n][i] = -INFINITY;
+            }
+}
+
+// A tile of scores becomes 2^(c (s - top)), c = scale log2 e. top is the largest score of a row when it last
+// moved: it lags until a power would exceed 2^8. No sum minds that, and earlier ones seldom have to be
+// multiplied. total is this lane's part.
+template <int M, int N, int K>
+__device__ __forceinline__ void flash_softmax(float (&s)[M][N][4], float (&sum)[M][K][4], float (&top)[M][2],
+                                              float (&total)[M][2], float c) {
+    float largest[M][2], shrink[M][2];
+    bool moves = false;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float x = top[m][half];
+#pragma unroll
+            for (int n = 0; n < N; n++) x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+            x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+            x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+            largest[m][half] = x;               // finite: every row sees key 0
+            moves = moves || c * (x - top[m][half]) > 8;
+        }
+    if (__any_sync(ALL_LANES, moves)) {
+#pragma unroll
+        for (int e = 0; e < 2 * M; e++) {
+            float& row_top = top[e / 2][e % 2];
+            shrink[e / 2][e % 2] = power_of_2(c * (row_top - largest[e / 2][e % 2]));
+            total[e / 2][e % 2] *= shrink[e / 2][e % 2];
+            row_top = largest[e / 2][e % 2];
+        }
+        scale_rows(sum, shrink);
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                s[m][n][i] = power_of_2(fmaf(c, s[m][n][i], -c * top[m][i / 2]));
+                total[m][i / 2] += s[m][n][i];
+            }
+}
+
+// At the end: lse of the warp's rows; total becomes what they are to be multiplied by.
+template <int M>
+__device__ __forceinline__ void flash_finish(float* lse, int first, int T, const float (&top)[M][2],
+                                             float (&total)[M][2], float c) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float sum = total[m][half] + __shfl_xor_sync(ALL_LANES, total[m][half], 1);
+            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+            int query = first + 16 * m + 8 * half + lane / 4;
+            if (lane % 4 == 0 && query < T) lse[query] = LN_2 * (c * top[m][half] + log2f(sum));
+            total[m][half] = 1 / sum;
+        }
+}
+
+// Grid: heads, and in each the tiles of queries from row0 on, the longest first
+template <int D>
+static __global__ void __launch_bounds__(FLASH_THREADS, 2)
+flash_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int row0, int C, int NH) {
+    typedef FlashForward<D> Size;
+    constexpr int M = Size::M, ROWS = Size::ROWS, KEYS = Size::KEYS, N = KEYS / 8;
+    extern __shared__ __align__(256) uint4 flash_shared[];
+    int tiles = (T - row0 + ROWS - 1) / ROWS, tile = tiles - 1 - blockIdx.x % tiles;
+    HeadPlace place = head_place(blockIdx.x / tiles, T, C, NH);
+    HeadRows q = {qkv + place.qkv, 3 * C}, k = {q.first + C, 3 * C}, v = {k.first + C, 3 * C};
+    int block_first = row0 + tile * ROWS, own = threadIdx.x / WARP * 16 * M, first = block_first + own;
+    int end = min(block_first + ROWS, T);
+    uint32_t q_tile = (uint32_t)__cvta_generic_to_shared(flash_shared);
+    auto k_tile = [&](int stage) { return q_tile + tile_bytes(ROWS + stage * 2 * KEYS, D); };
+    auto v_tile = [&](int stage) { return k_tile(stage) + tile_bytes(KEYS, D); };
+    auto load_keys = [&](int stage, int key0) {
+        load_tile<D, KEYS>(k_tile(stage), k, key0, T);
+        load_tile<D, KEYS>(v_tile(stage), v, key0, T);
+        cp_async_commit();
+    };
+
+    RowFactor<M, D, Size::KEEPS_ROWS> q_factor(q_tile, own);
+    load_tile<D, ROWS>(q_tile, q, block_first, T);
+    cp_async_commit();
+    load_keys(0, 0);
+    cp_async_wait<1>();
+    __syncthreads();
+    q_factor.keep();
+
+    float sum[M][D / 8][4] = {}, top[M][2], total[M][2] = {};
+    for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
+    float c = LOG2_E / sqrtf((float)D);
+    for (int key0 = 0, stage = 0; key0 < end; key0 += KEYS, stage ^= 1) {
+        if (key0 + KEYS < end) load_keys(stage ^ 1, key0 + KEYS);
+        else cp_async_commit();                 // an empty group: the wait below counts groups
+        cp_async_wait<1>();
+        __syncthreads();
+        if (key0 < first + 16 * M) {            // this warp sees some of these keys
+            float s[M][N][4] = {};
+            flash_products<M, N, D>(s, q_factor, k_tile(stage));
+            if (key0 + KEYS - 1 > first) hide_future<false>(s, first, key0);
+            flash_softmax(s, sum, top, total, c);
+            flash_sums<M, N, D>(sum, s, v_tile(stage));
+        }
+        __syncthreads();                        // the next tile but one takes this one's place
+    }
+    flash_finish(lse + place.row, first, T, top, total, c);
+    scale_rows(sum, total);
+    flash_store<M, D>(out + place.out, (size_t)C, first, T, (floatX*)flash_shared + own * D, sum);
+}
+
+template <int D>
+static void flash_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int row0, int C, int NH,
+                          cudaStream_t stream) {
+    typedef FlashForward<D> Size;
+    int blocks = ceil_div(T - row0, Size::ROWS) * B * NH;
+    CUDA(cudaFuncSetAttribute(flash_forward_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              (int)Size::SHARED));
+    flash_forward_kernel<D><<<blocks, FLASH_THREADS, Size::SHARED, stream>>>(out, lse, qkv, T, row0, C, NH);
+    LAUNCHED();
+}
+
+// --- backward
+
+template <int D, bool OF_KEYS>
+struct FlashBackward {
+    static constexpr int M = D == 64 ? 2 : 1, ROWS = 16 * M * FLASH_WARPS;
+    static constexpr int COLUMNS = D == 64 && !OF_KEYS ? 64 : 32;
+    static constexpr bool KEEPS_ROWS = D == 128 && !OF_KEYS;
+    // bytes: a tile of rows; one of columns; and a stage: two of those, and lse and delta of queries
+    static constexpr int ROW_TILE = tile_bytes(ROWS, D), TILE = tile_bytes(COLUMNS, D);
+    static constexpr int STATISTICS = OF_KEYS ? 2 * COLUMNS * (int)sizeof(float) : 0;
+    static constexpr int STAGE = 2 * TILE + STATISTICS;
+    static constexpr size_t SHARED = 2 * ROW_TILE + FLASH_STAGES * STAGE;
+    static_assert(TILE % 256 == 0 && STAGE % 256 == 0, "tiles begin at multiples of 256 bytes");
+};
+
+// s becomes p = 2^(c s - lse log2 e), dp becomes ds. of(m, n, i): {lse log2 e, delta} of an element's query
+template <int M, int N, class Statistics>
+__device__ __forceinline__ void flash_gradients(float (&s)[M][N][4], float (&dp)[M][N][4], Statistics of,
+                                                float c) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                float2 query = of(m, n, i);
+                s[m][n][i] = power_of_2(fmaf(c, s[m][n][i], -query.x));
+                dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - query.y);
+            }
+}
+
+// Grid: heads, and in each the tiles of rows (keys or queries), the longest first. Where rows are keys, s is
+// (keys, queries): so p and ds are first factors there too, and nothing is transposed.
+template <int D, bool OF_KEYS>
+static __global__ void __launch_bounds__(FLASH_THREADS, 2)
+flash_backward_kernel(floatX* dqkv, const floatX* dout, const float* lse, const float* delta,
+                      const floatX* qkv, int T, int C, int NH) {
+    typedef FlashBackward<D, OF_KEYS> Size;
+    constexpr int M = Size::M, ROWS = Size::ROWS, COLUMNS = Size::COLUMNS, N = COLUMNS / 8;
+    constexpr int ROW_TILE = Size::ROW_TILE, TILE = Size::TILE, STAGE = Size::STAGE;
+    static_assert(ROWS % COLUMNS == 0, "the first tile of queries must begin at the first key of the block");
+    static_assert(!OF_KEYS || 2 * COLUMNS <= FLASH_THREADS, "a thread copies at most one statistic");
+    extern __shared__ __align__(256) uint4 flash_shared[];
+    int lane = threadIdx.x % WARP, tiles = (T + ROWS - 1) / ROWS, tile = blockIdx.x % tiles;
+    int block_first = (OF_KEYS ? tile : tiles - 1 - tile) * ROWS;
+    int own = threadIdx.x / WARP * 16 * M, first = block_first + own;
+    int begin = OF_KEYS ? block_first : 0, end = OF_KEYS ? T : min(block_first + ROWS, T);
+    HeadPlace place = head_place(blockIdx.x / tiles, T, C, NH);
+    BackwardSides side = backward_sides<OF_KEYS>(qkv + place.qkv, dout + place.out, C);
+    lse += place.row;
+    delta += place.row;
+
+    uint32_t row_tile = (uint32_t)__cvta_generic_to_shared(flash_shared);
+    auto column_tile = [&](int stage) { return row_tile + 2 * ROW_TILE + stage * STAGE; };
+    auto load_columns = [&](int stage, int column) {
+        load_tile<D, COLUMNS>(column_tile(stage), side.column_s, column, T);
+        load_tile<D, COLUMNS>(column_tile(stage) + TILE, side.column_dp, column, T);
+        int i = threadIdx.x, t = column + i % COLUMNS;
+        if (OF_KEYS && i < 2 * COLUMNS)         // from T on both are 0: with q = dout = 0 that adds nothing
+            cp_async_4(column_tile(stage) + 2 * TILE + 4 * i, (i < COLUMNS ? lse : delta) + t, t < T);
+        cp_async_commit();
+    };
+    load_tile<D, ROWS>(row_tile, side.row_s, block_first, T);
+    load_tile<D, ROWS>(row_tile + ROW_TILE, side.row_dp, block_first, T);
+    cp_async_commit();
+    load_columns(0, begin);
+    cp_async_wait<1>();
+    __syncthreads();
+    RowFactor<M, D, Size::KEEPS_ROWS> s_factor(row_tile, own), dp_factor(row_tile + ROW_TILE, own);
+    s_factor.keep();
+    dp_factor.keep();
+
+    float2 of_row[M][2];
+    for (int e = 0; e < 2 * M; e++) {
+        int t = first + 8 * e + lane / 4;
+        of_row[e / 2][e % 2] = !OF_KEYS && t < T ? make_float2(LOG2_E * lse[t], delta[t]) : make_float2(0, 0);
+    }
+    float sum_s[M][D / 8][4] = {}, sum_dp[OF_KEYS ? M : 1][D / 8][4] = {};
+    float scale = 1 / sqrtf((float)D), c = LOG2_E * scale;
+    for (int column = begin, stage = 0; column < end; column += COLUMNS, stage ^= 1) {
+        if (column + COLUMNS < end) load_columns(stage ^ 1, column + COLUMNS);
+        else cp_async_commit();                 // an empty group: the wait below counts groups
+        cp_async_wait<1>();
+        __syncthreads();
+        if (OF_KEYS ? column + COLUMNS > first : column < first + 16 * M) {    // something is not hidden
+            float s[M][N][4] = {}, dp[M][N][4] = {};
+            flash_products<M, N, D>(s, s_factor, column_tile(stage));
+            flash_products<M, N, D>(dp, dp_factor, column_tile(stage) + TILE);
+            if (OF_KEYS ? column < first + 16 * M - 1 : column + COLUMNS - 1 > first)
+                hide_future<OF_KEYS>(s, first, column);
+            const char* statistics = (const char*)flash_shared + 2 * ROW_TILE + stage * STAGE + 2 * TILE;
+            auto of = [&](int m, int n, int i) {
+                if (!OF_KEYS) return of_row[m][i / 2];
+                const float* of_column = (const float*)statistics + 8 * n + lane % 4 * 2 + i % 2;
+                return make_float2(LOG2_E * of_column[0], of_column[COLUMNS]);
+            };
+            flash_gradients(s, dp, of, c);
+            if constexpr (OF_KEYS) flash_sums<M, N, D>(sum_dp, s, column_tile(stage) + TILE);
+            flash_sums<M, N, D>(sum_s, dp, column_tile(stage));
+        }
+        __syncthreads();                        // the next tile but one takes this one's place
+    }
+    float factor[M][2];
+    for (int m = 0; m < M; m++) factor[m][0] = factor[m][1] = scale;
+    scale_rows(sum_s, factor);
+    floatX *to = dqkv + place.qkv, *passage = (floatX*)flash_shared + own * D;
+    size_t stride = 3 * (size_t)C;
+    flash_store<M, D>(OF_KEYS ? to + C : to, stride, first, T, passage, sum_s);
+    if constexpr (OF_KEYS) flash_store<M, D>(to + 2 * C, stride, first, T, passage + ROWS * D, sum_dp);
+}
+
+template <int D, bool OF_KEYS>
+static void flash_backward_side(floatX* dqkv, const floatX* dout, const float* lse, const float* delta,
+                                const floatX* qkv, int B, int T, int C, int NH, cudaStream_t stream) {
+    typedef FlashBackward<D, OF_KEYS> Size;
+    CUDA(cudaFuncSetAttribute(flash_backward_kernel<D, OF_KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              (int)Size::SHARED));
+    int blocks = ceil_div(T, Size::ROWS) * B * NH;
+    flash_backward_kernel<D, OF_KEYS>
+        <<<blocks, FLASH_THREADS, Size::SHARED, stream>>>(dqkv, dout, lse, delta, qkv, T, C, NH);
+    LAUNCHED();
+}
+
+template <int D>
+static void flash_backward(floatX* dqkv, const floatX* dout, const float* lse, const float* delta,
+                           const floatX* qkv, int B, int T, int C, int NH, cudaStream_t stream) {
+    flash_backward_side<D, false>(dqkv, dout, lse, delta, qkv, B, T, C, NH, stream);
+    flash_backward_side<D, true>(dqkv, dout, lse, delta, qkv, B, T, C, NH, stream);
+}
+
+#endif  // PRECISION_FP32
+
+// ------------------------------------------------------------------------------------------------
+// The choice
+
+// Whether flash kernels serve heads of D numbers in these tensors: rows are aligned where the first one is.
+static bool flash_serves(int D, const void* a, const void* b, const void* c) {
+    bool aligned = ((uintptr_t)a | (uintptr_t)b | (uintptr_t)c) % 16 == 0;
+    return !attention_plain_only && sizeof(floatX) == 2 && (D == 64 || D == 128) && aligned;
+}
+
+// out (B, T, C), lse (B, NH, T) from qkv (B, T, 3C), for positions from row0 on: earlier ones are there already
+static void attention_forward_gpu(floatX* out, float* lse, const floatX* qkv, int B, int T, int row0, int C,
+                                  int NH, cudaStream_t stream) {
+    assert(B > 0 && 0 <= row0 && row0 < T && NH > 0 && C > 0 && C % NH == 0);
+    int D = C / NH;
+    if (!flash_serves(D, out, qkv, qkv)) {
+        attention_forward_plain(out, lse, qkv, B, T, row0, C, NH, stream);
+        return;
+    }
+#ifndef PRECISION_FP32
+    (D == 64 ? flash_forward<64> : flash_forward<128>)(out, lse, qkv, B, T, row0, C, NH, stream);
+#endif
+}
+
+// Floats of scratch
+static size_t attention_backward_scratch(int B, int T, int NH) { return (size_t)B * NH * T; }
+
+// dqkv (B, T, 3C) = from dout (B, T, C) and what the forward pass read and wrote; scratch holds delta
+static void attention_backward_gpu(floatX* dqkv, const floatX* dout, const floatX* out, const float* lse,
+                                   const floatX* qkv, float* scratch, int B, int T, int C, int NH,
+                                   cudaStream_t stream) {
+    assert(B > 0 && T > 0 && NH > 0 && C > 0 && C % NH == 0);
+    int D = C / NH;
+    float* delta = scratch;
+    if (!flash_serves(D, dqkv, dout, qkv)) {
+        attention_delta<WARP, 1>(delta, dout, out, B, T, C, NH, stream);
+        attention_backward_plain(dqkv, dout, lse, delta, qkv, B, T, C, NH, stream);
+        return;
+    }
+#ifndef PRECISION_FP32
+    attention_delta<8, 8>(delta, dout, out, B, T, C, NH, stream);
+    (D == 64 ? flash_backward<64> : flash_backward<128>)(dqkv, dout, lse, delta, qkv, B, T, C, NH, stream);
+#endif
+}
+// ------------------------------------------------------------------------------------------------
+// The model on the device: what it keeps, and where. As in the reference one function lays everything out; without memory it
+// only counts, which is the plan. Each buffer is an allocation of its own, so that a kernel that leaves one is noticed.
+
+typedef struct { Arena plan; bool taking; void* blocks[4096]; int block_count; } DeviceArena;
+
+static void* device_carve(DeviceArena* arena, const char* what, size_t count, size_t size) {
+    void* memory = NULL;
+    plan_carve(&arena->plan, what, count, size);
+    if (!arena->taking || !count) return NULL;
+    assert(arena->block_count < (int)(sizeof arena->blocks / sizeof arena->blocks[0]));
+    CUDA(cudaMalloc(&memory, count * size));
+    CUDA(cudaMemset(memory, 0, count * size));
+    return arena->blocks[arena->block_count++] = memory;
+}
+static floatX* carve_x(DeviceArena* arena, const char* what, size_t count) {
+    return (floatX*)device_carve(arena, what, count, sizeof(floatX));
+}
+static float* carve_f(DeviceArena* arena, const char* what, size_t count) {
+    return (float*)device_carve(arena, what, count, sizeof(float));
+}
+
+enum { TENSOR_ALIGN = 64, VOCABULARY_ALIGN = 128 };
+
+static int padded_vocabulary(const Config* c) { return ceil_div((size_t)c->V, VOCABULARY_ALIGN) * VOCABULARY_ALIGN; }
+
+typedef struct {
+    Model m;                    // the layout, and fp32: params (masters), grads, adam_m, adam_v, head_grads (Vp, C)
+    floatX* weights;            // (m.size) copies of the masters, which the products read
+} DeviceModel;
+
+// As the host's model, but each tensor begins at a multiple of TENSOR_ALIGN numbers, so that vectors of 16 bytes can be read, and
+// wte has Vp rows: the last ones are zero for ever, and no softmax, norm or file sees them.
+static void device_layout(DeviceModel* d, const Model* host) {
+    size_t end = 0;
+    d->m = *host;
+    d->m.tensors = (Tensor*)allocate((size_t)host->tensor_count, sizeof(Tensor));
+    for (int i = 0; i < host->tensor_count; i++) {
+        Tensor* t = &d->m.tensors[i];
+        *t = host->tensors[i];
+        size_t size = tensor_size(t);
+        if (t->spec == &tensor_specs[WTE]) size = (size_t)padded_vocabulary(&host->c) * t->cols;
+        t->first = end;
+        end += (size + TENSOR_ALIGN - 1) / TENSOR_ALIGN * TENSOR_ALIGN;
+        if (t->block <= 0) d->m.first[t->spec - tensor_specs] = t->first;
+        if (t->block == 1 && (t - 1)->block == 0) d->m.block_size = t->first - d->m.first[(t->spec - tensor_specs)];
+    }
+    d->m.size = end;
+}
+
+static void device_model_memory(DeviceModel* d, DeviceArena* arena, bool training) {
+    d->m.params = carve_f(arena, "parameters (fp32)", d->m.size);
+    d->weights = carve_x(arena, "parameters (copies)", d->m.size);
+    if (!training) return;
+    d->m.grads = carve_f(arena, "gradients", d->m.size);
+    d->m.head_grads = carve_f(arena, "gradients", (size_t)padded_vocabulary(&d->m.c) * (size_t)d->m.c.C);
+    d->m.adam_m = carve_f(arena, "AdamW moments", d->m.size);
+    d->m.adam_v = carve_f(arena, "AdamW moments", d->m.size);
+}
+
+static floatX* weight(const DeviceModel* d, TensorId id, int l) { return d->weights + (param(&d->m, id, l) - d->m.params); }
+
+typedef struct {                // of one sublayer, rows = B * T
+    float *coef, *mix, *rnorm, *stats, *lse;    // (rows, n*n + 2n), (rows, M), (rows, groups), (rows, 2), (B, NH, T)
+    floatX *u, *ln, *f;         // (rows, C) what is read, F's input, F's output
+    floatX *qkv, *attn;         // (rows, 3C), (rows, C)
+    floatX *fc, *gelu;          // (rows, 4C) before and after GELU
+} DeviceSublayer;
+
+typedef struct {
+    int B, T, block, head_rows; // at most; sublayers per block of recomputation; rows of logits that exist at once
+    DeviceSublayer* sub;        // [2L]
+    floatX** state;             // [2L + 1] (rows, n, C)
+    floatX *mean, *ln, *logits; // (rows, C), (rows, C), (head_rows, Vp)
+    float *stats, *losses;      // (rows, 2), (rows)
+    floatX *dstate, *dln, *dwide, *dnarrow;     // (rows, n, C), (rows, C), (rows, 4C), (rows, C)
+    float* dcoef;               // (rows, n*n + 2n)
+    float* scratch;             // of whichever backward kernel runs: one stream, so one at a time
+    int32_t *tokens, *targets;  // (B, T)
+    TokenGroups groups;         // the rows by token, for the embedding's gradient
+} DeviceActivations;
+
+static void device_layout_sublayer(DeviceSublayer* s, DeviceArena* arena, const Config* c, int k, size_t rows, bool training) {
+    size_t C = (size_t)c->C;
+    s->coef = carve_f(arena, "coefficients", rows * (size_t)coefficient_count(c));
+    if (k % 2 == 0) s->qkv = carve_x(arena, "activations", rows * 3 * C);
+    if (k >= 2 && !training) {          // without a backward pass only keys and values are wanted again
+        DeviceSublayer shared = s[-2];
+        shared.coef = s->coef;
+        shared.qkv = s->qkv;
+        *s = shared;
+        return;
+    }
+    s->mix = carve_f(arena, "coefficients", rows * (size_t)projection_M(c));
+    s->rnorm = carve_f(arena, "coefficients", has_connections(c) ? rows * (size_t)projection_groups(c) : 0);
+    s->u = has_connections(c) ? carve_x(arena, "activations", rows * C) : NULL;      // elsewhere the state itself
+    s->stats = carve_f(arena, "activations", rows * 2);
+    s->ln = carve_x(arena, "activations", rows * C);
+    s->f = carve_x(arena, "activations", rows * C);
+    if (k % 2 == 0) {
+        s->lse = carve_f(arena, "activations", rows * (size_t)c->NH);
+        s->attn = carve_x(arena, "activations", rows * C);
+    } else {
+        s->fc = carve_x(arena, "activations", rows * 4 * C);
+        s->gelu = carve_x(arena, "activations", rows * 4 * C);
+    }
+}
+
+static void device_layout_states(DeviceActivations* a, DeviceArena* arena, const Config* c, size_t rows, bool training) {
+    size_t size = rows * (size_t)c->n * (size_t)c->C;
+    int block = training ? a->block : 2;        // without a backward pass two states take turns
+    for (int k = 0; k <= 2 * c->L; k++) {
+        if (training ? k % block == 0 || k < block : k < 2) a->state[k] = carve_x(arena, "streams", size);
+        else a->state[k] = a->state[k % block];
+    }
+}
+
+// Floats that the hungriest backward kernel wants
+static size_t backward_scratch(const Config* c, int B, int T) {
+    int rows = B * T;
+    size_t most = attention_backward_scratch(B, T, c->NH);
+    size_t others[] = {sum_scratch(rows, 4 * c->C),
+                       has_connections(c) ? connection_backward_scratch(connections_of(c), rows) : 0};
+    for (size_t other : others) most = other > most ? other : most;
+    return most;
+}
+
+enum { LOGITS_BYTES = 1 << 30 };        // of logits at once, at most: enough for every product to fill a GPU
+
+static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, const Config* c, int B, int T, int block,
+                                      bool training) {
+    size_t rows = (size_t)B * (size_t)T, C = (size_t)c->C, Vp = (size_t)padded_vocabulary(c);
+    size_t chunk = LOGITS_BYTES / sizeof(floatX) / Vp;
+    a->B = B;
+    a->T = T;
+    a->block = block;
+    a->head_rows = (int)(chunk < 64 ? 64 : chunk);
+    if ((size_t)a->head_rows > rows) a->head_rows = (int)rows;
+    device_layout_states(a, arena, c, rows, training);
+    for (int k = 0; k < 2 * c->L; k++) device_layout_sublayer(a->sub + k, arena, c, k, rows, training);
+    a->mean = carve_x(arena, "activations", rows * C);
+    a->stats = carve_f(arena, "activations", rows * 2);
+    a->ln = carve_x(arena, "activations", rows * C);
+    a->losses = carve_f(arena, "activations", rows);
+    a->logits = carve_x(arena, "logits", (size_t)a->head_rows * Vp);
+    a->tokens = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
+    a->targets = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
+    if (!training) return;
+    a->dstate = carve_x(arena, "backward", rows * (size_t)c->n * C);
+    a->dwide = carve_x(arena, "backward", rows * 4 * C);
+    a->dln = carve_x(arena, "backward", rows * C);
+    a->dnarrow = carve_x(arena, "backward", rows * C);
+    a->dcoef = carve_f(arena, "backward", rows * (size_t)coefficient_count(c));
+    a->scratch = carve_f(arena, "backward", backward_scratch(c, B, T));
+    a->groups.order = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
+    a->groups.first = (int32_t*)device_carve(arena, "data", rows + 1, sizeof(int32_t));
+    a->groups.token = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
+}
+
+// ------------------------------------------------------------------------------------------------
+// The model, forward and backward: the reference's order of work. All of it is put into one stream and nothing waits.
+
+typedef struct {
+    const DeviceModel* d;
+    DeviceActivations* a;
+    Lt* lt;
+    cudaStream_t stream;
+    int B, T, row0;             // rows before row0 are there already (only when text is generated, one sequence)
+} Pass;
+
+static int pass_rows(const Pass* p) { return p->B * p->T - p->row0; }
+
+typedef struct { const float *fn, *base, *scale; } DeviceConnection;
+
+static DeviceConnection device_connection(const DeviceModel* d, int k) {
+    TensorId fn = k % 2 ? MLP_FN : ATTN_FN, base = k % 2 ? MLP_BASE : ATTN_BASE, scale = k % 2 ? MLP_SCALE : ATTN_SCALE;
+    DeviceConnection c = {param(&d->m, fn, k / 2), param(&d->m, base, k / 2), param(&d->m, scale, k / 2)};
+    return c;
+}
+
+// From the output of sublayer k - 1 to the input of sublayer k; k = 2L only writes the last state.
+static void boundary_forward(const Pass* p, int k) {
+    const Config* c = &p->d->m.c;
+    DeviceActivations* a = p->a;
+    int rows = pass_rows(p), last = 2 * c->L;
+    size_t r = (size_t)p->row0, C = (size_t)c->C, n = (size_t)c->n, count = (size_t)coefficient_count(c);
+    const DeviceSublayer* before = k > 0 ? &a->sub[k - 1] : NULL;
+    floatX* y = a->state[k] + r * n * C;
+    const floatX* x = k > 0 ? a->state[k - 1] + r * n * C : NULL;
+    const floatX* f = k > 0 ? before->f + r * C : NULL;
+    if (!has_connections(c)) {
+        if (k > 0) add_gpu(y, c->residual == RESIDUAL_PLAIN ? x : NULL, f, (size_t)rows * C, p->stream);
+        if (k == last) return;
+        layernorm_forward_gpu(a->sub[k].ln + r * C, a->sub[k].stats + r * 2, y, weight(p->d, k % 2 ? LN_2_W : LN_1_W, k / 2),
+                              weight(p->d, k % 2 ? LN_2_B : LN_1_B, k / 2), rows, c->C, p->stream);
+        return;
+    }
+    Connections connections = connections_of(c);
+    if (k == last) return write_gpu(y, x, f, before->coef + r * count, connections, rows, p->stream);
+    DeviceSublayer* s = &a->sub[k];
+    DeviceConnection q = device_connection(p->d, k);
+    Boundary b = {x, f, before ? before->coef + r * count : NULL, y, q.fn, q.base, q.scale,
+                  weight(p->d, k % 2 ? LN_2_W : LN_1_W, k / 2), weight(p->d, k % 2 ? LN_2_B : LN_1_B, k / 2),
+                  s->mix + r * (size_t)projection_M(c), s->rnorm + r * (size_t)projection_groups(c), s->coef + r * count,
+                  s->stats + r * 2, s->u + r * C, s->ln + r * C};
+    boundary_forward_gpu(&b, connections, rows, p->stream);
+}
+
+// s->f = F(s->ln): attention in even sublayers, MLP in odd ones
+static void device_sublayer_forward(const Pass* p, int k) {
+    const DeviceModel* d = p->d;
+    const DeviceSublayer* s = &p->a->sub[k];
+    int C = d->m.c.C, l = k / 2, rows = pass_rows(p);
+    size_t r = (size_t)p->row0, C_ = (size_t)C;
+    if (k % 2 == 0) {
+        linear_forward_gpu(p->lt, s->qkv + r * 3 * C_, NULL, s->ln + r * C_, weight(d, C_ATTN_W, l), weight(d, C_ATTN_B, l),
+                           rows, C, 3 * C, p->stream);
+        attention_forward_gpu(s->attn, s->lse, s->qkv, p->B, p->T, p->row0, C, d->m.c.NH, p->stream);
+        linear_forward_gpu(p->lt, s->f + r * C_, NULL, s->attn + r * C_, weight(d, ATTN_PROJ_W, l), weight(d, ATTN_PROJ_B, l),
+                           rows, C, C, p->stream);
+    } else {
+        linear_forward_gpu(p->lt, s->fc + r * 4 * C_, s->gelu + r * 4 * C_, s->ln + r * C_, weight(d, C_FC_W, l),
+                           weight(d, C_FC_B, l), rows, C, 4 * C, p->stream);
+        linear_forward_gpu(p->lt, s->f + r * C_, NULL, s->gelu + r * 4 * C_, weight(d, MLP_PROJ_W, l), weight(d, MLP_PROJ_B, l),
+                           rows, 4 * C, C, p->stream);
+    }
+}
+
+// a->ln (rows, C) from a->tokens; `saw` is called with each state while it is there, if not NULL
+static void device_forward(const Pass* p, void (*saw)(const Pass*, int k, void* context), void* context) {
+    const DeviceModel* d = p->d;
+    DeviceActivations* a = p->a;
+    const Config* c = &d->m.c;
+    size_t r = (size_t)p->row0, C = (size_t)c->C, n = (size_t)c->n;
+    int rows = pass_rows(p);
+    assert(p->B * p->T <= a->B * a->T && p->T <= c->T && (p->row0 == 0 || p->B == 1));
+    embedding_forward_gpu(a->state[0] + r * n * C, a->tokens + r, weight(d, WTE, 0), weight(d, WPE, 0) + r * C, rows, p->T, c->n,
+                          c->C, p->stream);
+    for (int k = 0; k <= 2 * c->L; k++) {
+        boundary_forward(p, k);
+        if (saw) saw(p, k, context);
+        if (k < 2 * c->L) device_sublayer_forward(p, k);
+    }
+    readout_forward_gpu(a->mean + r * C, a->ln + r * C, a->stats + r * 2, a->state[2 * c->L] + r * n * C, weight(d, LN_F_W, 0),
+                        weight(d, LN_F_B, 0), rows, c->n, c->C, p->stream);
+}
+
+// logits (count, Vp) of rows from a->ln
+static void device_head_logits(const Pass* p, int row, int count) {
+    const Config* c = &p->d->m.c;
+    linear_forward_gpu(p->lt, p->a->logits, NULL, p->a->ln + (size_t)row * (size_t)c->C, weight(p->d, WTE, 0), NULL, count, c->C,
+                       padded_vocabulary(c), p->stream);
+}
+
+// a->losses (rows), nats. With scale > 0 also the head's way back, as in the reference.
+static void device_head(const Pass* p, float scale) {
+    DeviceActivations* a = p->a;
+    const Config* c = &p->d->m.c;
+    int rows = p->B * p->T, Vp = padded_vocabulary(c);
+    for (int r = 0; r < rows; r += a->head_rows) {
+        int count = min_int(a->head_rows, rows - r);
+        size_t first = (size_t)r * (size_t)c->C;
+        device_head_logits(p, r, count);
+        classifier_gpu(a->losses + r, a->logits, a->targets + r, scale, count, c->V, Vp, p->stream);
+        if (scale <= 0) continue;
+        linear_backward_input_gpu(p->lt, a->dln + first, a->logits, weight(p->d, WTE, 0), NULL, count, c->C, Vp, p->stream);
+        weight_gradient_gpu(p->lt, p->d->m.head_grads, a->logits, a->ln + first, count, c->C, Vp, p->stream);
+    }
+}
+
+// The states of k's block before k, from the block's first and the stored f: the same kernel, so the same bits
+static void device_recompute_states(const Pass* p, int k) {
+    const Config* c = &p->d->m.c;
+    DeviceActivations* a = p->a;
+    int rows = p->B * p->T;
+    for (int j = k / a->block * a->block; j < k; j++) {
+        if (has_connections(c))
+            write_gpu(a->state[j + 1], a->state[j], a->sub[j].f, a->sub[j].coef, connections_of(c), rows, p->stream);
+        else
+            add_gpu(a->state[j + 1], c->residual == RESIDUAL_PLAIN ? a->state[j] : NULL, a->sub[j].f,
+                    (size_t)rows * (size_t)c->C, p->stream);
+    }
+}
+
+// a->dln (rows, C) = from df (rows, C); gradients of F's parameters +=
+static void device_sublayer_backward(const Pass* p, const floatX* df, int k) {
+    const DeviceModel* d = p->d;
+    const Model* m = &d->m;
+    DeviceActivations* a = p->a;
+    const DeviceSublayer* s = &a->sub[k];
+    int C = m->c.C, l = k / 2, rows = p->B * p->T;
+    if (k % 2 == 0) {
+        floatX* dattn = a->dln;             // free until it is written
+        linear_backward_input_gpu(p->lt, dattn, df, weight(d, ATTN_PROJ_W, l), NULL, rows, C, C, p->stream);
+        linear_backward_weight_gpu(p->lt, grad(m, ATTN_PROJ_W, l), grad(m, ATTN_PROJ_B, l), df, s->attn, rows, C, C, a->scratch,
+                                   p->stream);
+        attention_backward_gpu(a->dwide, dattn, s->attn, s->lse, s->qkv, a->scratch, p->B, p->T, C, m->c.NH, p->stream);
+        linear_backward_input_gpu(p->lt, a->dln, a->dwide, weight(d, C_ATTN_W, l), NULL, rows, C, 3 * C, p->stream);
+        linear_backward_weight_gpu(p->lt, grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), a->dwide, s->ln, rows, C, 3 * C,
+                                   a->scratch, p->stream);
+    } else {
+        linear_backward_input_gpu(p->lt, a->dwide, df, weight(d, MLP_PROJ_W, l), s->fc, rows, 4 * C, C, p->stream);
+        linear_backward_weight_gpu(p->lt, grad(m, MLP_PROJ_W, l), grad(m, MLP_PROJ_B, l), df, s->gelu, rows, 4 * C, C,
+                                   a->scratch, p->stream);
+        linear_backward_input_gpu(p->lt, a->dln, a->dwide, weight(d, C_FC_W, l), NULL, rows, C, 4 * C, p->stream);
+        linear_backward_weight_gpu(p->lt, grad(m, C_FC_W, l), grad(m, C_FC_B, l), a->dwide, s->ln, rows, C, 4 * C, a->scratch,
+                                   p->stream);
+    }
+}
+
+// In: a->dstate of state k + 1. Out: that of state k without what comes through LayerNorm; a->dnarrow = df
+static void device_write_backward(const Pass* p, int k) {
+    const Config* c = &p->d->m.c;
+    DeviceActivations* a = p->a;
+    int rows = p->B * p->T;
+    size_t size = (size_t)rows * (size_t)c->C;
+    if (has_connections(c)) {
+        write_backward_gpu(a->dstate, a->dnarrow, a->dcoef, a->dstate, a->state[k], a->sub[k].f, a->sub[k].coef,
+                           connections_of(c), rows, p->stream);
+        return;
+    }
+    CUDA(cudaMemcpyAsync(a->dnarrow, a->dstate, size * sizeof(floatX), cudaMemcpyDeviceToDevice, p->stream));
+    if (c->residual == RESIDUAL_NONE) CUDA(cudaMemsetAsync(a->dstate, 0, size * sizeof(floatX), p->stream));
+}
+
+// a->dstate +=, gradients of the connection and of LayerNorm +=, from a->dln
+static void device_connection_backward(const Pass* p, int k) {
+    const DeviceModel* d = p->d;
+    const Model* m = &d->m;
+    DeviceActivations* a = p->a;
+    const DeviceSublayer* s = &a->sub[k];
+    int rows = p->B * p->T, l = k / 2;
+    TensorId ln_w = k % 2 ? LN_2_W : LN_1_W, ln_b = k % 2 ? LN_2_B : LN_1_B;
+    if (!has_connections(&m->c)) {
+        layernorm_backward_gpu(a->dstate, grad(m, ln_w, l), grad(m, ln_b, l), a->dln, s->stats, a->state[k],
+                               weight(d, ln_w, l), a->scratch, rows, m->c.C, p->stream);
+        return;
+    }
+    DeviceConnection q = device_connection(d, k);
+    ConnectionBackward b = {a->dstate, a->dcoef, a->dln, a->state[k], s->u, weight(d, ln_w, l), s->stats, s->coef, s->mix,
+                            s->rnorm, q.fn, q.base, q.scale, grad(m, k % 2 ? MLP_FN : ATTN_FN, l),
+                            grad(m, k % 2 ? MLP_BASE : ATTN_BASE, l), grad(m, k % 2 ? MLP_SCALE : ATTN_SCALE, l),
+                            grad(m, ln_w, l), grad(m, ln_b, l)};
+    connection_backward_gpu(&b, a->scratch, connections_of(&m->c), rows, p->stream);
+}
+
+// Gradients of parameters +=, after device_forward and device_head(scale > 0) on the same tokens
+static void device_backward(const Pass* p) {
+    const DeviceModel* d = p->d;
+    const Model* m = &d->m;
+    const Config* c = &m->c;
+    DeviceActivations* a = p->a;
+    int rows = p->B * p->T;
+    readout_backward_gpu(a->dstate, grad(m, LN_F_W, 0), grad(m, LN_F_B, 0), a->dln, a->stats, a->mean, weight(d, LN_F_W, 0),
+                         a->scratch, rows, c->n, c->C, p->stream);
+    for (int k = 2 * c->L - 1; k >= 0; k--) {
+        if (k % a->block == a->block - 1 && k < 2 * c->L - 1) device_recompute_states(p, k);
+        device_write_backward(p, k);
+        device_sublayer_backward(p, a->dnarrow, k);
+        device_connection_backward(p, k);
+    }
+    embedding_backward_gpu(grad(m, WTE, 0), grad(m, WPE, 0), a->dstate, &a->groups, rows, p->T, c->n, c->C, p->stream);
+}
+// ------------------------------------------------------------------------------------------------
+// Optimiser: the gradient's norm, AdamW, the copies that products read. All tensors in one launch, a block a chunk.
+
+enum { CHUNK = 1 << 14, OPTIMISER_THREADS = 256 };
+
+typedef struct {
+    size_t first;               // of the device's arrays
+    int count, tensor;
+    bool decayed, stochastic;
+} Chunk;
+
+typedef struct {
+    Chunk* chunks;              // on the device
+    double* squares;            // (chunk_count) sums of squares
+    int32_t* tensor_chunks;     // (tensor_count + 1) first chunk of each tensor
+    int32_t* nonfinite;         // the first chunk that has a number that is not finite
+    int chunk_count, tensor_count;
+    int32_t* chunk_tensors;     // (chunk_count) on the host
+} Optimiser;
+
+static int count_chunks(const Model* m) {
+    int count = 0;
+    for (int i = 0; i < m->tensor_count; i++) count += ceil_div(tensor_size(&m->tensors[i]), CHUNK);
+    return count;
+}
+
+// What a copy in bf16 loses comes back on average if it is rounded up or down by chance, so that small updates of a weight are felt at
+// once; only matrices, whose many terms average it out. fp32 copies are exact either way.
+static bool rounds_by_chance(const Tensor* t) { return t->cols > 1; }
+
+static void optimiser_memory(Optimiser* o, DeviceArena* arena, const Model* m) {
+    o->chunk_count = count_chunks(m);
+    o->tensor_count = m->tensor_count;
+    o->chunks = (Chunk*)device_carve(arena, "optimiser's table", (size_t)o->chunk_count, sizeof(Chunk));
+    o->squares = (double*)device_carve(arena, "optimiser's table", (size_t)o->chunk_count, sizeof(double));
+    o->tensor_chunks = (int32_t*)device_carve(arena, "optimiser's table", (size_t)m->tensor_count + 1, sizeof(int32_t));
+    o->nonfinite = (int32_t*)device_carve(arena, "optimiser's table", 1, sizeof(int32_t));
+}
+
+static void optimiser_open(Optimiser* o, const Model* m) {
+    Chunk* chunks = (Chunk*)allocate((size_t)o->chunk_count, sizeof(Chunk));
+    int32_t* first = (int32_t*)allocate((size_t)m->tensor_count + 1, sizeof(int32_t));
+    o->chunk_tensors = (int32_t*)allocate((size_t)o->chunk_count, sizeof(int32_t));
+    int count = 0;
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor* t = &m->tensors[i];
+        size_t size = tensor_size(t);
+        first[i] = count;
+        for (size_t begin = 0; begin < size; begin += CHUNK, count++) {
+            Chunk chunk = {t->first + begin, min_int(CHUNK, (int)(size - begin)), i, t->spec->decayed,
+                           rounds_by_chance(t)};
+            chunks[count] = chunk;
+            o->chunk_tensors[count] = i;
+        }
+    }
+    first[m->tensor_count] = count;
+    CUDA(cudaMemcpy(o->chunks, chunks, (size_t)count * sizeof(Chunk), cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(o->tensor_chunks, first, ((size_t)m->tensor_count + 1) * sizeof(int32_t), cudaMemcpyHostToDevice));
+    free(chunks);
+    free(first);
+}
+
+static void optimiser_close(Optimiser* o) { free(o->chunk_tensors); }
+
+// --- the norm, in double: per chunk, per tensor, in table order
+
+static __global__ void square_chunks_kernel(double* squares, const float* numbers, const Chunk* chunks) {
+    __shared__ double partial[OPTIMISER_THREADS];
+    Chunk chunk = chunks[blockIdx.x];
+    double sum = 0;
+    for (int i = threadIdx.x; i < chunk.count; i += OPTIMISER_THREADS) {
+        double x = numbers[chunk.first + i];
+        sum += x * x;
+    }
+    partial[threadIdx.x] = sum;
+    for (int half = OPTIMISER_THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if ((int)threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) squares[blockIdx.x] = partial[0];
+}
+
+static __global__ void norm_kernel(double* norm, const double* squares, const int32_t* tensor_chunks, int tensors) {
+    __shared__ double partial[OPTIMISER_THREADS];
+    double total = 0;
+    for (int first = 0; first < tensors; first += OPTIMISER_THREADS) {
+        int tensor = first + threadIdx.x;
+        double sum = 0;
+        for (int c = tensor < tensors ? tensor_chunks[tensor] : 0; tensor < tensors && c < tensor_chunks[tensor + 1]; c++)
+            sum += squares[c];
+        partial[threadIdx.x] = sum;
+        __syncthreads();
+        for (int i = 0; threadIdx.x == 0 && i < OPTIMISER_THREADS; i++) total += partial[i];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) *norm = sqrt(total);
+}
+// *norm, on the device: of all gradients
+static void gradient_norm_gpu(const Optimiser* o, double* norm, const float* grads, cudaStream_t stream) {
+    square_chunks_kernel<<<o->chunk_count, OPTIMISER_THREADS, 0, stream>>>(o->squares, grads, o->chunks);
+    LAUNCHED();
+    norm_kernel<<<1, OPTIMISER_THREADS, 0, stream>>>(norm, o->squares, o->tensor_chunks, o->tensor_count);
+    LAUNCHED();
+}
+
+static __global__ void nonfinite_kernel(int32_t* first, const float* numbers, const Chunk* chunks) {
+    Chunk chunk = chunks[blockIdx.x];
+    bool bad = false;
+    for (int i = threadIdx.x; i < chunk.count; i += OPTIMISER_THREADS) bad |= !isfinite(numbers[chunk.first + i]);
+    if (__syncthreads_or(bad) && threadIdx.x == 0) atomicMin(first, (int32_t)blockIdx.x);
+}
+// The first tensor, in table order, with a number that is not finite, or -1. This waits for the device.
+static int first_nonfinite_gpu(const Optimiser* o, const float* numbers, cudaStream_t stream) {
+    int32_t chunk = INT32_MAX;
+    CUDA(cudaMemcpyAsync(o->nonfinite, &chunk, sizeof chunk, cudaMemcpyHostToDevice, stream));
+    nonfinite_kernel<<<o->chunk_count, OPTIMISER_THREADS, 0, stream>>>(o->nonfinite, numbers, o->chunks);
+    LAUNCHED();
+    CUDA(cudaMemcpyAsync(&chunk, o->nonfinite, sizeof chunk, cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaStreamSynchronize(stream));
+    return chunk == INT32_MAX ? -1 : o->chunk_tensors[chunk];
+}
+
+// --- AdamW
+
+// A random number for one weight after one step, a function of the three: so a run that is resumed has the same bits.
+__device__ __forceinline__ uint32_t random_bits(uint64_t seed, uint64_t step, uint64_t index) {
+    uint64_t z = seed ^ (step * 0x9e3779b97f4a7c15u) ^ (index * 0xd1b54a32d192ed03u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (uint32_t)((z ^ (z >> 31)) >> 32);
+}
+
+// To one of the two neighbours in bf16, with the chance that makes the mean exact. What is not finite stays so.
+__device__ __forceinline__ __nv_bfloat16 round_by_chance(float x, uint32_t random) {
+    uint32_t bits = __float_as_uint(x), low = bits & 0xFFFF;
+    if ((bits & 0x7F800000) == 0x7F800000) return __float2bfloat16_rn(x);
+    bits = (bits & 0xFFFF0000) + (low > (random & 0xFFFF) ? 0x10000 : 0);
+    return __float2bfloat16_rn(__uint_as_float(bits));
+}
+
+__device__ __forceinline__ void store_copy(float* copies, size_t i, float x, bool, uint64_t, uint64_t) { copies[i] = x; }
+__device__ __forceinline__ void store_copy(__nv_bfloat16* copies, size_t i, float x, bool stochastic, uint64_t seed,
+                                           uint64_t step) {
+    copies[i] = stochastic ? round_by_chance(x, random_bits(seed, step, i)) : __float2bfloat16_rn(x);
+}
+
+static __global__ void round_weights_kernel(floatX* copies, const float* masters, const Chunk* chunks, uint64_t seed,
+                                            uint64_t step) {
+    Chunk chunk = chunks[blockIdx.x];
+    for (int j = threadIdx.x; j < chunk.count; j += OPTIMISER_THREADS) {
+        size_t i = chunk.first + j;
+        store_copy(copies, i, masters[i], chunk.stochastic, seed, step);
+    }
+}
+// The copies of the masters after `step` updates
+static void round_weights_gpu(const Optimiser* o, floatX* copies, const float* masters, uint64_t seed, long step,
+                              cudaStream_t stream) {
+    round_weights_kernel<<<o->chunk_count, OPTIMISER_THREADS, 0, stream>>>(copies, masters, o->chunks, seed, (uint64_t)step);
+    LAUNCHED();
+}
+
+typedef struct { float b1, b2, eps, clip, rate, root, decay; } AdamwNumbers;
+
+static __global__ void adamw_kernel(float* params, float* am, float* av, const float* grads, floatX* copies, const Chunk* chunks,
+                                    AdamwNumbers u, uint64_t seed, uint64_t step) {
+    Chunk chunk = chunks[blockIdx.x];
+    float keep = chunk.decayed ? u.decay : 1;
+    for (int j = threadIdx.x; j < chunk.count; j += OPTIMISER_THREADS) {
+        size_t i = chunk.first + j;
+        float d = grads[i] * u.clip;
+        float m = u.b1 * am[i] + (1 - u.b1) * d, v = u.b2 * av[i] + (1 - u.b2) * d * d;
+        float p = params[i] * keep - u.rate * m / (sqrtf(v) * u.root + u.eps);
+        am[i] = m;
+        av[i] = v;
+        params[i] = p;
+        store_copy(copies, i, p, chunk.stochastic, seed, step);
+    }
+}
+// One update (decoupled decay, bias correction), and the copies
+static void adamw_gpu(const Optimiser* o, const DeviceModel* d, const Update* u, uint64_t seed, cudaStream_t stream) {
+    AdamwNumbers numbers = {(float)u->beta1, (float)u->beta2, (float)u->eps, (float)u->clip,
+                            (float)(u->lr / (1 - pow(u->beta1, (double)u->step))),
+                            (float)(1 / sqrt(1 - pow(u->beta2, (double)u->step))), (float)(1 - u->lr * u->decay)};
+    adamw_kernel<<<o->chunk_count, OPTIMISER_THREADS, 0, stream>>>(d->m.params, d->m.adam_m, d->m.adam_v, d->m.grads, d->weights,
+                                                                   o->chunks, numbers, seed, (uint64_t)u->step);
+    LAUNCHED();
+}
+
+// wte has two gradients, as embedding and as head: one sum, after all micro-batches
+static __global__ void add_gradients_kernel(float* to, const float* from, size_t count) {
+    size_t i = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
+    if (i < count) to[i] += from[i];
+}
+static void add_gradients_gpu(float* to, const float* from, size_t count, cudaStream_t stream) {
+    add_gradients_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(to, from, count);
+    LAUNCHED();
+}
+// ------------------------------------------------------------------------------------------------
+// The machine of a run (its contract is in train_gpt_mhc.c): one GPU, one stream.
+
+typedef struct {                // pinned, so that a copy does not wait for the work before it
+    int32_t *tokens, *targets, *order, *first, *token;
+    int groups;
+    cudaEvent_t done;           // the copy that reads this has ended
+} Upload;
+
+typedef struct { double loss, norm; } StepSums;
+
+typedef struct {
+    DeviceModel model;
+    DeviceActivations acts, infer;      // infer: one sequence, forward only, for generated text
+    DeviceArena arena;
+    Optimiser optimiser;
+    Lt lt;
+    void* workspace;            // of the products
+    Upload uploads[2];          // taken in turns
+    int next_upload;
+    StepSums *sums, *host_sums; // on the device, and pinned
+    cudaStream_t stream;
+    char name[256];
+    double peak;                // FLOP/s
+} Gpu;
+
+enum { WORKSPACE_BYTES = 32 << 20 };
+
+static Gpu* gpu_of(const Run* run) { return (Gpu*)run->machine; }
+
+// --- memory
+
+// Counts, or with arena.taking takes, everything on the device.
+static void gpu_layout(Gpu* g, const Run* run) {
+    const Config* c = &run->c;
+    int B = (int)run->o.batch, T = run->c.T;
+    device_model_memory(&g->model, &g->arena, run->training);
+    device_activations_layout(&g->acts, &g->arena, c, B, T, recompute_block(run), run->training);
+    device_activations_layout(&g->infer, &g->arena, c, 1, T, 1, false);
+    g->workspace = device_carve(&g->arena, "workspace of products", WORKSPACE_BYTES, 1);
+    g->sums = (StepSums*)device_carve(&g->arena, "data", 1, sizeof(StepSums));
+    optimiser_memory(&g->optimiser, &g->arena, &g->model.m);
+}
+
+static void device_activations_open(DeviceActivations* a, const Config* c) {
+    a->sub = (DeviceSublayer*)allocate((size_t)(2 * c->L), sizeof(DeviceSublayer));
+    a->state = (floatX**)allocate((size_t)(2 * c->L + 1), sizeof(floatX*));
+}
+
+// The host keeps parameters and moments for files, and what is looked at: coefficients, and for a dump gradients and losses.
+static void machine_layout(Run* run, Arena* arena, int block) {
+    bool dumps = run->o.dump[0];
+    size_t rows = dumps ? (size_t)(run->o.batch * run->c.T) : (size_t)run->c.T;
+    Model* m = &run->model;
+    m->params = carve(arena, "host: parameters and moments", m->size);
+    if (run->training) m->adam_m = carve(arena, "host: parameters and moments", m->size);
+    if (run->training) m->adam_v = carve(arena, "host: parameters and moments", m->size);
+    if (dumps) m->grads = carve(arena, "host: gradients", m->size);
+    for (int k = 0; k < 2 * run->c.L; k++)
+        run->acts.sub[k].coef = carve(arena, "host: coefficients", rows * (size_t)coefficient_count(&run->c));
+    run->acts.losses = carve(arena, "host: losses", rows);
+    run->acts.block = block;
+}
+
+static const struct { const char* name; double bf16, fp32; } gpu_peaks[] = {   // dense, FLOP/s, as their maker states them
+    {"H100 PCIe", 756e12, 51e12}, {"H100 NVL", 835e12, 60e12}, {"H100", 989e12, 67e12}, {"H200", 989e12, 67e12},
+    {"GH200", 989e12, 67e12},     {"H800", 989e12, 67e12},     {"A100", 312e12, 19.5e12}, {"A800", 312e12, 19.5e12},
+    {"B200", 2250e12, 75e12},     {"L40S", 362e12, 91.6e12},   {"RTX 4090", 165e12, 82.6e12}, {"A10", 125e12, 31.2e12},
+};
+
+static double gpu_peak(const char* name) {
+    for (size_t i = 0; i < sizeof gpu_peaks / sizeof gpu_peaks[0]; i++)
+        if (strstr(name, gpu_peaks[i].name)) return sizeof(floatX) == 2 ? gpu_peaks[i].bf16 : gpu_peaks[i].fp32;
+    return 0;
+}
+
+// The plan, and whether there is a GPU with room for it. With --plan it need not be here.
+static bool machine_open(Run* run, Error* e) {
+    int count = 0;
+    cudaDeviceProp properties;
+    Gpu* g = (Gpu*)allocate(1, sizeof(Gpu));
+    run->machine = g;
+    device_layout(&g->model, &run->model);
+    device_activations_open(&g->acts, &run->c);
+    device_activations_open(&g->infer, &run->c);
+    gpu_layout(g, run);
+    snprintf(g->name, sizeof g->name, "no GPU");
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count == 0)
+        return run->o.plan || fail(e, "GPU: found none (%s), expected one; train_gpt_mhc trains on the CPU",
+                                   error != cudaSuccess ? cudaGetErrorString(error) : "no device");
+    size_t available = 0, all = 0, total = plan_total(&g->arena.plan);
+    CUDA(cudaGetDeviceProperties(&properties, 0));
+    snprintf(g->name, sizeof g->name, "%s", properties.name);
+    g->peak = gpu_peak(g->name);
+    CUDA(cudaMemGetInfo(&available, &all));
+    if (run->o.plan || total <= available) return true;
+    return fail(e, "GPU memory: found a need of %.1f GiB, expected at most the %.1f GiB that are free, reduce --batch, --seq or "
+                   "--layers, or try --recompute auto", (double)total / 1073741824, (double)available / 1073741824);
+}
+
+static void open_upload(Upload* u, size_t rows) {
+    CUDA(cudaMallocHost(&u->tokens, (5 * rows + 1) * sizeof(int32_t)));
+    u->targets = u->tokens + rows;
+    u->order = u->targets + rows;
+    u->token = u->order + rows;
+    u->first = u->token + rows;
+    CUDA(cudaEventCreateWithFlags(&u->done, cudaEventDisableTiming));
+}
+
+static void gpu_open(Gpu* g, const Run* run) {
+    g->arena.taking = true;
+    memset(&g->arena.plan, 0, sizeof g->arena.plan);
+    gpu_layout(g, run);
+    CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
+    CUDA(cudaMallocHost(&g->host_sums, sizeof(StepSums)));
+    for (int i = 0; i < 2; i++) open_upload(&g->uploads[i], (size_t)(run->o.batch * run->c.T));
+    lt_open(&g->lt, g->workspace, WORKSPACE_BYTES);
+    optimiser_open(&g->optimiser, &g->model.m);
+    CUDA(cudaDeviceSynchronize());          // what cudaMemset put into the default stream
+}
+
+static void machine_close(Run* run) {
+    Gpu* g = gpu_of(run);
+    if (!g) return;
+    if (g->arena.taking) {
+        CUDA(cudaStreamSynchronize(g->stream));
+        for (int i = 0; i < g->arena.block_count; i++) CUDA(cudaFree(g->arena.blocks[i]));
+        for (int i = 0; i < 2; i++) {
+            CUDA(cudaFreeHost(g->uploads[i].tokens));
+            CUDA(cudaEventDestroy(g->uploads[i].done));
+        }
+        CUDA(cudaFreeHost(g->host_sums));
+        lt_close(&g->lt);
+        optimiser_close(&g->optimiser);
+        CUDA(cudaStreamDestroy(g->stream));
+    }
+    for (DeviceActivations* a : {&g->acts, &g->infer}) {
+        free(a->sub);
+        free((void*)a->state);
+    }
+    free(g->model.m.tensors);
+    free(g);
+    run->machine = NULL;
+}
+
+static void machine_describe(const Run* run, char* text, size_t size) {
+    snprintf(text, size, "%s, %s", gpu_of(run)->name, sizeof(floatX) == 2 ? "bf16" : "fp32");
+}
+static double machine_peak(const Run* run) { return gpu_of(run)->peak; }
+static void machine_print_plan(const Run* run) {
+    plan_print(stdout, &gpu_of(run)->arena.plan);
+    plan_print(stdout, &run->arena);
+}
+
+// --- parameters and moments, tensor by tensor: the device's layout has gaps
+
+static void copy_tensors(const Gpu* g, const Model* host, float* device_numbers, float* host_numbers, bool to_device) {
+    for (int i = 0; i < host->tensor_count; i++) {
+        const Tensor *h = &host->tensors[i], *d = &g->model.m.tensors[i];
+        size_t bytes = tensor_size(h) * sizeof(float);
+        if (to_device)
+            CUDA(cudaMemcpyAsync(device_numbers + d->first, host_numbers + h->first, bytes, cudaMemcpyHostToDevice, g->stream));
+        else CUDA(cudaMemcpyAsync(host_numbers + h->first, device_numbers + d->first, bytes, cudaMemcpyDeviceToHost, g->stream));
+    }
+}
+
+static void machine_load(Run* run) {
+    Gpu* g = gpu_of(run);
+    if (!g->arena.taking) gpu_open(g, run);
+    copy_tensors(g, &run->model, g->model.m.params, run->model.params, true);
+    if (run->training) copy_tensors(g, &run->model, g->model.m.adam_m, run->model.adam_m, true);
+    if (run->training) copy_tensors(g, &run->model, g->model.m.adam_v, run->model.adam_v, true);
+    round_weights_gpu(&g->optimiser, g->model.weights, g->model.m.params, (uint64_t)run->o.seed, run->step, g->stream);
+    CUDA(cudaStreamSynchronize(g->stream));
+}
+
+static void machine_fetch(Run* run) {
+    Gpu* g = gpu_of(run);
+    copy_tensors(g, &run->model, g->model.m.params, run->model.params, false);
+    if (run->training) copy_tensors(g, &run->model, g->model.m.adam_m, run->model.adam_m, false);
+    if (run->training) copy_tensors(g, &run->model, g->model.m.adam_v, run->model.adam_v, false);
+    CUDA(cudaStreamSynchronize(g->stream));
+}
+
+// --- a step
+
+// Tokens and targets (rows) of a pass, and for a backward pass the rows grouped by token, onto the device
+static void upload(Gpu* g, DeviceActivations* a, const int32_t* tokens, const int32_t* targets, int first, int rows, int V) {
+    Upload* u = &g->uploads[g->next_upload];
+    size_t bytes = sizeof(int32_t) * (size_t)rows;
+    g->next_upload ^= 1;
+    CUDA(cudaEventSynchronize(u->done));        // the copies of two passes ago: long done
+    memcpy(u->tokens, tokens, bytes);
+    CUDA(cudaMemcpyAsync(a->tokens + first, u->tokens, bytes, cudaMemcpyHostToDevice, g->stream));
+    if (targets) {
+        memcpy(u->targets, targets, bytes);
+        CUDA(cudaMemcpyAsync(a->targets, u->targets, bytes, cudaMemcpyHostToDevice, g->stream));
+    }
+    if (targets && a->groups.order) {
+        a->groups.count = token_groups(u->order, u->first, u->token, tokens, rows, V);
+        CUDA(cudaMemcpyAsync(a->groups.order, u->order, bytes, cudaMemcpyHostToDevice, g->stream));
+        CUDA(cudaMemcpyAsync(a->groups.token, u->token, bytes, cudaMemcpyHostToDevice, g->stream));
+        CUDA(cudaMemcpyAsync(a->groups.first, u->first, bytes + sizeof(int32_t), cudaMemcpyHostToDevice, g->stream));
+    }
+    CUDA(cudaEventRecord(u->done, g->stream));
+}
+
+static Pass gpu_pass(Gpu* g, DeviceActivations* a, int B, int T, int row0) {
+    Pass p = {&g->model, a, &g->lt, g->stream, B, T, row0};
+    return p;
+}
+
+// sum += the mean of losses (rows), in double, in one order
+static __global__ void add_mean_loss_kernel(StepSums* sums, const float* losses, int rows) {
+    __shared__ double partial[256];
+    double sum = 0;
+    for (int r = threadIdx.x; r < rows; r += blockDim.x) sum += (double)losses[r];
+    partial[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int i = 1; i < (int)blockDim.x; i++) sum += partial[i];
+    sums->loss += sum / rows;
+}
+
+static void add_mean_loss(Gpu* g, const float* losses, int rows) {
+    add_mean_loss_kernel<<<1, 256, 0, g->stream>>>(g->sums, losses, rows);
+    LAUNCHED();
+}
+
+// What the device has summed; this waits for it.
+static StepSums fetch_sums(Gpu* g) {
+    CUDA(cudaMemcpyAsync(g->host_sums, g->sums, sizeof(StepSums), cudaMemcpyDeviceToHost, g->stream));
+    CUDA(cudaStreamSynchronize(g->stream));
+    return *g->host_sums;
+}
+
+static void machine_zero_gradients(Run* run) {
+    Gpu* g = gpu_of(run);
+    const Model* m = &g->model.m;
+    CUDA(cudaMemsetAsync(m->grads, 0, m->size * sizeof(float), g->stream));
+    CUDA(cudaMemsetAsync(m->head_grads, 0, (size_t)padded_vocabulary(&m->c) * (size_t)m->c.C * sizeof(float), g->stream));
+    CUDA(cudaMemsetAsync(g->sums, 0, sizeof(StepSums), g->stream));
+}
+
+static void machine_micro_batch(Run* run) {
+    Gpu* g = gpu_of(run);
+    int B = (int)run->o.batch, T = run->c.T;
+    Pass p = gpu_pass(g, &g->acts, B, T, 0);
+    upload(g, &g->acts, run->tokens, run->targets, 0, B * T, run->c.V);
+    device_forward(&p, NULL, NULL);
+    device_head(&p, 1 / ((float)B * (float)T * (float)run->o.micro_batches));
+    device_backward(&p);
+    add_mean_loss(g, g->acts.losses, B * T);
+}
+
+static void machine_gradients(Run* run, double* loss, double* norm) {
+    Gpu* g = gpu_of(run);
+    const Model* m = &g->model.m;
+    add_gradients_gpu(grad(m, WTE, 0), m->head_grads, (size_t)m->c.V * (size_t)m->c.C, g->stream);
+    gradient_norm_gpu(&g->optimiser, &g->sums->norm, m->grads, g->stream);
+    StepSums sums = fetch_sums(g);
+    *loss = sums.loss / (double)run->o.micro_batches;
+    *norm = sums.norm;
+}
+
+static void machine_update(Run* run, double lr, double norm) {
+    Gpu* g = gpu_of(run);
+    const Options* o = &run->o;
+    Update u = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, 1, run->step + 1};
+    if (o->grad_clip > 0) u.clip = fmin(1, o->grad_clip / (norm + 1e-6));
+    adamw_gpu(&g->optimiser, &g->model, &u, (uint64_t)o->seed, g->stream);
+}
+
+static const Tensor* machine_nonfinite(Run* run, bool gradients) {
+    Gpu* g = gpu_of(run);
+    int tensor = first_nonfinite_gpu(&g->optimiser, gradients ? g->model.m.grads : g->model.m.params, g->stream);
+    return tensor < 0 ? NULL : &run->model.tensors[tensor];
+}
+
+static double machine_loss(Run* run, int B) {
+    Gpu* g = gpu_of(run);
+    Pass p = gpu_pass(g, &g->acts, B, run->c.T, 0);
+    upload(g, &g->acts, run->tokens, run->targets, 0, B * run->c.T, run->c.V);
+    CUDA(cudaMemsetAsync(g->sums, 0, sizeof(StepSums), g->stream));
+    device_forward(&p, NULL, NULL);
+    device_head(&p, 0);
+    add_mean_loss(g, g->acts.losses, B * run->c.T);
+    return fetch_sums(g).loss;
+}
+
+// --- what is looked at
+
+// numbers (count) on the host as floats
+static void fetch_numbers(Gpu* g, float* numbers, const floatX* device, size_t count) {
+    floatX* copy = (floatX*)allocate(count, sizeof(floatX));
+    CUDA(cudaMemcpyAsync(copy, device, count * sizeof(floatX), cudaMemcpyDeviceToHost, g->stream));
+    CUDA(cudaStreamSynchronize(g->stream));
+    for (size_t i = 0; i < count; i++) numbers[i] = (float)copy[i];
+    free(copy);
+}
+
+typedef struct { Gpu* g; StreamStats* streams; float* state; } Observer;
+
+static void observe_state(const Pass* p, int k, void* context) {
+    Observer* o = (Observer*)context;
+    const Config* c = &p->d->m.c;
+    fetch_numbers(o->g, o->state, p->a->state[k], (size_t)p->T * (size_t)(c->n * c->C));
+    stream_statistics(&o->streams[k], o->state, p->T, c->n, c->C);
+}
+
+static void fetch_coefficients(Run* run, int rows) {
+    Gpu* g = gpu_of(run);
+    size_t bytes = sizeof(float) * (size_t)rows * (size_t)coefficient_count(&run->c);
+    for (int k = 0; k < 2 * run->c.L && bytes; k++)
+        CUDA(cudaMemcpyAsync(run->acts.sub[k].coef, g->acts.sub[k].coef, bytes, cudaMemcpyDeviceToHost, g->stream));
+    CUDA(cudaStreamSynchronize(g->stream));
+}
+
+static void machine_observe(Run* run, StreamStats* streams) {
+    Gpu* g = gpu_of(run);
+    Pass p = gpu_pass(g, &g->acts, 1, run->c.T, 0);
+    Observer o = {g, streams, (float*)allocate((size_t)run->c.T * (size_t)(run->c.n * run->c.C), sizeof(float))};
+    upload(g, &g->acts, run->tokens, NULL, 0, run->c.T, run->c.V);
+    device_forward(&p, streams ? observe_state : NULL, &o);
+    fetch_coefficients(run, run->c.T);
+    free(o.state);
+}
+
+static void machine_logits(Run* run, const int32_t* tokens, int length, int known, real* logits) {
+    Gpu* g = gpu_of(run);
+    Pass p = gpu_pass(g, &g->infer, 1, length, known);
+    upload(g, &g->infer, tokens + known, NULL, known, length - known, run->c.V);
+    device_forward(&p, NULL, NULL);
+    device_head_logits(&p, length - 1, 1);
+    fetch_numbers(g, logits, g->infer.logits, (size_t)run->c.V);
+}
+
+static void machine_dump(Run* run, real* logits) {
+    Gpu* g = gpu_of(run);
+    int rows = (int)run->o.batch * run->c.T, V = run->c.V;
+    long micro_batches = run->o.micro_batches;
+    run->o.micro_batches = 1;
+    machine_zero_gradients(run);
+    machine_micro_batch(run);
+    double loss, norm;
+    machine_gradients(run, &loss, &norm);
+    run->o.micro_batches = micro_batches;
+    copy_tensors(g, &run->model, g->model.m.grads, run->model.grads, false);
+    CUDA(cudaMemcpyAsync(run->acts.losses, g->acts.losses, sizeof(float) * (size_t)rows, cudaMemcpyDeviceToHost, g->stream));
+    fetch_coefficients(run, rows);
+    Pass p = gpu_pass(g, &g->acts, (int)run->o.batch, run->c.T, 0);
+    for (int r = 0; r < rows; r++) {
+        device_head_logits(&p, r, 1);
+        fetch_numbers(g, logits + (size_t)r * (size_t)V, g->acts.logits, (size_t)V);
+    }
+}
