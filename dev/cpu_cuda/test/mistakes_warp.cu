@@ -349,8 +349,8 @@ static const Case cases[] = {
     NAMED(other_operation), NAMED(barrier_in_branches), NAMED(barrier_in_loop), NAMED(barrier_in_helper),
     NAMED(warp_against_block), NAMED(circle), NAMED(missing_block), NAMED(grid_not_cooperative),
     NAMED(not_resident), NAMED(lane_of_warp), NAMED(never_set), NAMED(misaligned_atomic), NAMED(large_array),
-    NAMED(deep_calls), NAMED(in_the_second_half), NAMED(last_thread_wins), NAMED(warp_reads_ahead), NAMED(blocks_in_turn),
-    NAMED(warp_in_between), NAMED(warp_a_round_ahead), NAMED(fresh_shared_sum),
+    NAMED(deep_calls), NAMED(in_the_second_half), NAMED(last_thread_wins), NAMED(warp_reads_ahead),
+    NAMED(blocks_in_turn), NAMED(warp_in_between), NAMED(warp_a_round_ahead), NAMED(fresh_shared_sum),
 };
 
 int main(int argc, char** argv) { return RUN_CASE(cases, argc, argv); }

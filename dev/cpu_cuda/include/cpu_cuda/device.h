@@ -26,7 +26,7 @@ namespace cpu_cuda {
 
 // The types that __ldg and its like read in one instruction.
 template <class T>
-struct Loadable : std::integral_constant<bool, std::is_arithmetic<T>::value && sizeof(T) <= 8> {};
+struct Loadable : std::bool_constant<std::is_arithmetic<T>::value && !std::is_same<T, bool>::value> {};
 
 }  // namespace cpu_cuda
 
