@@ -8,7 +8,7 @@ __global__ void barriers(int* out, int count) {
     if (threadIdx.x == 0) *out = count;
 }
 __global__ void shuffles(int* out, int count) {
-    int value = threadIdx.x;
+    unsigned value = threadIdx.x;
     for (int i = 0; i < count; i++) value += __shfl_xor_sync(0xffffffffu, value, 1);
     if (threadIdx.x == 0) *out = value;
 }
