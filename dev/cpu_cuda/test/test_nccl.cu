@@ -437,7 +437,7 @@ int main() {
     run_ranks(1, count_devices, NULL);          // in a process of its own: CUDA does not survive a fork
     int devices = passed;
     passed = 0;
-    for (int n : {1, 3, 4})
+    for (int n : {1, 2, 3, 4})
         if (n <= devices && (n != 2 || devices == 2))
             CHECK(run_ranks(n, all_tests, NULL) == std::string((size_t)n, 'p'));
     test_mistakes();
