@@ -37,7 +37,7 @@ __global__ void no_barrier(float* out) {
     out[threadIdx.x] = s[N - 1 - threadIdx.x];  // HERE no_barrier
 }
 
-// CASE no_barrier_at_end check: write after read
+// CASE no_barrier_at_end check: write-after-read
 __global__ void no_barrier_at_end(float* out) {
     extern __shared__ float dynamic[];
     float sum = 0;
@@ -58,13 +58,13 @@ __device__ float block_max(float value) {
     return fmaxf(warps[0], warps[1]);                                   // HERE reused_buffer
 }
 
-// CASE reused_buffer check: in shared memory, write after read
+// CASE reused_buffer check: write-after-read race between
 __global__ void reused_buffer(float* out) {
     float most = block_max(out[threadIdx.x]);
     out[threadIdx.x] = block_max(most - (float)threadIdx.x);
 }
 
-// CASE same_value check: write after write
+// CASE same_value check: write-after-write
 __global__ void same_value(int* out) {
     __shared__ int found;
     if (threadIdx.x >= 40) found = 1;           // HERE same_value
@@ -72,14 +72,14 @@ __global__ void same_value(int* out) {
     out[threadIdx.x] = found;
 }
 
-// CASE half_word check: race between lanes of a warp in shared memory, read after write
+// CASE half_word check: read-after-write race between lanes of a warp in shared memory
 __global__ void half_word(float* out) {
     __shared__ __align__(4) __nv_bfloat16 s[N];
     s[threadIdx.x] = __float2bfloat16(1);                               // HERE half_word
     if (threadIdx.x == N - 1) out[0] = (float)*(const unsigned*)&s[threadIdx.x - 1];     // HERE half_word
 }
 
-// CASE third_warp check: race between warps of a block in shared memory, read after write
+// CASE third_warp check: read-after-write race between warps of a block in shared memory
 __global__ void third_warp(float* out) {
     __shared__ float s[96];
     s[threadIdx.x] = 1;                         // HERE third_warp
@@ -92,7 +92,7 @@ __global__ void third_warp(float* out) {
 // ------------------------------------------------------------------------------------------------
 // Shared memory, within a warp
 
-// CASE no_syncwarp check: no __syncwarp or __syncthreads orders the two
+// CASE no_syncwarp check: race between lanes of a warp in shared memory
 __global__ void no_syncwarp(float* out) {
     __shared__ float s[N];
     s[threadIdx.x] = out[threadIdx.x];                          // HERE no_syncwarp
@@ -171,17 +171,17 @@ __device__ void last_block_sum(float* parts, float* sum, unsigned* done, bool fe
     if (last) sum[threadIdx.x] = total;
 }
 
-// CASE no_fence check: without a __threadfence before it
+// CASE no_fence check: race between blocks in global memory
 __global__ void no_fence(float* parts, float* sum, unsigned* done) {
     last_block_sum(parts, sum, done, false, true);
 }
 
-// CASE no_barrier_before_atomic check: no barrier orders this access before that fence
+// CASE no_barrier_before_atomic check: race between blocks in global memory
 __global__ void no_barrier_before_atomic(float* parts, float* sum, unsigned* done) {
     last_block_sum(parts, sum, done, true, false);
 }
 
-// CASE flag_no_fence check: race between blocks in global memory, read after write
+// CASE flag_no_fence check: read-after-write race between blocks in global memory
 __global__ void flag_no_fence(float* value, volatile int* flag) {
     if (threadIdx.x) return;
     if (blockIdx.x == 0) {
@@ -245,7 +245,7 @@ __global__ void async_reused(const float* in, float* out) {
 // ------------------------------------------------------------------------------------------------
 // Uninitialised reads
 
-// CASE fresh_shared check: uninitialised read of 4 bytes of shared memory
+// CASE fresh_shared check: uninitialised read in shared memory
 __global__ void fresh_shared(float* out) {
     __shared__ float s[N];
     if (threadIdx.x != 5) s[threadIdx.x] = 1;
@@ -253,8 +253,8 @@ __global__ void fresh_shared(float* out) {
     out[threadIdx.x] = s[threadIdx.x];          // HERE fresh_shared
 }
 
-// CASE fresh_global check: uninitialised read of 4 bytes of global memory
-// CASE fresh_copied check: uninitialised read of 4 bytes of global memory
+// CASE fresh_global check: uninitialised read in global memory
+// CASE fresh_copied check: uninitialised read in global memory
 __global__ void fresh_global(float* out) {
     if (threadIdx.x > 40) out[threadIdx.x] += 1;        // HERE fresh_global fresh_copied
 }
@@ -264,7 +264,7 @@ static void fresh_copied() {
     fresh_global<<<1, N>>>(copy);
 }
 
-// CASE fresh_half check: uninitialised read of 4 bytes of global memory
+// CASE fresh_half check: uninitialised read in global memory
 __global__ void fresh_half(__nv_bfloat16* out) {
     if (threadIdx.x < N - 1) out[threadIdx.x] = __float2bfloat16(1);
     __syncthreads();
