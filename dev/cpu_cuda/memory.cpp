@@ -1,61 +1,61 @@
 // memory.cpp: device and pinned memory, copies, faults.
 //
-// One large range of addresses is reserved and none of them is given out twice, so a freed one always faults:
+// One large range of addresses is reserved and none of them is given out twice, so a freed one always faults.
+// Each allocation has a zone in it:
 //
-//     | slack | base .. base + size | slack < 256 | gap, at least 2 MB, never open | next allocation
-//     ^ page                                      ^ huge page
+//     | 2 MB, never open | slack | base .. base + size | slack < 256 | at least 2 MB, never open |
+//                        ^ page or huge page                         ^ huge page
 //
 // Pages of device memory are closed until device code touches them (DeviceCode in runtime.h); pinned ones are
 // open. Every byte starts as 0xFF, a NaN, and slack still is after each launch. In a build with
 // AddressSanitizer memory is malloc'ed instead, and that reports.
-//
-// Opening and closing costs by the page table entry. So an allocation of more than a huge page has only such
-// pages, and what lies before its base in the first of them is not protected.
 
 #include "runtime.h"
 
-#include <dlfcn.h>
 #include <elf.h>
 #include <execinfo.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <map>
 #include <memory>
-#include <string>
+#include <set>
 
-namespace cpu_cuda {
+extern "C" const Elf64_Ehdr __executable_start;         // the linker's
+
+using namespace cpu_cuda;
 
 namespace {
 
 typedef std::lock_guard<std::recursive_mutex> Lock;
 
-constexpr size_t PAGE = 4096, HUGE_PAGE = 2 << 20, ALIGNMENT = 256, GAP = HUGE_PAGE;
-constexpr size_t RESERVED = (size_t)1 << 45, SIGNAL_STACK = 256 << 10;
-constexpr int FRESH = 0xFF;
+constexpr size_t PAGE = 4096, HUGE_PAGE = 2 << 20, ALIGNMENT = 256, RESERVED = (size_t)1 << 45;
+constexpr size_t SIGNAL_STACK = 256 << 10;
+constexpr int ANEW = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+constexpr char FRESH = -1;              // every byte of new memory: a NaN
 
 struct Region : Allocation {
-    char* pages;                        // what page protection covers
-    size_t pages_size;
-    bool live;
-    std::atomic<bool> open;
-    Region* next_open;
+    char *zone = nullptr, *zone_end = nullptr;
+    char* pages = nullptr;              // what page protection covers
+    size_t pages_size = 0;
+    bool live = true;
 
-    const char* end() const { return base + size; }
-    bool holds(const void* p) const { return (const char*)p >= base && (const char*)p < end(); }
+    char* end() const { return base + size; }
+    bool holds(const void* p, size_t bytes) const {
+        return p >= base && p < end() && bytes <= (size_t)(end() - (const char*)p);
+    }
 };
 
 struct Memory {
-    std::map<const char*, Region*> regions;     // by base; freed ones stay, to be recognised
-    char* next = nullptr;                       // where the next allocation's pages start
-    char* end = nullptr;                        // of the reserved addresses
+    std::map<const char*, std::unique_ptr<Region>> regions;     // by zone_end; freed ones stay, to be known
+    char* reserved = (char*)mmap(nullptr, RESERVED, PROT_NONE, ANEW, -1, 0);
+    char* next = reserved;                      // where the next zone starts
     size_t used = 0;                            // bytes of device memory
-    std::atomic<Region*> open_regions{nullptr};
+    std::mutex lock;                            // of these two: workers open what they touch
+    std::set<Region*> open;
     std::atomic<int> device_code{0};            // DeviceCode objects of all threads
 };
 
@@ -65,47 +65,18 @@ Memory& memory() {
     return only;
 }
 
-thread_local int device_code_here;
-
 size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
 
-// The allocation, live or freed, that holds p or is nearest to it; null when none is near.
-Region* nearest_region(const void* p) {
-    auto& regions = memory().regions;
-    auto after = regions.upper_bound((const char*)p);
-    Region* above = after == regions.end() ? nullptr : after->second;
-    Region* below = after == regions.begin() ? nullptr : std::prev(after)->second;
-    if (below && below->holds(p)) return below;
-    size_t over = below ? (size_t)((const char*)p - below->end()) : SIZE_MAX;
-    size_t under = above ? (size_t)(above->base - (const char*)p) : SIZE_MAX;
-    if (over > GAP && under > GAP) return nullptr;
-    return over < under ? below : above;
+// The allocation, live or freed, in whose zone p is, or null.
+Region* region_near(const void* p) {
+    auto found = memory().regions.upper_bound((const char*)p);
+    return found != memory().regions.end() && p >= found->second->zone ? found->second.get() : nullptr;
 }
 
-Region* live_region(const void* p) {
-    Region* region = nearest_region(p);
-    return region && region->live && region->holds(p) ? region : nullptr;
-}
-
-// Does [p, p + size) stay inside?
-bool fits(const Region* region, const void* p, size_t size) {
-    return region && size <= (size_t)(region->end() - (const char*)p);
-}
-
-// Lets code touch the pages. Several workers may call it at once, each in its signal handler.
-void open_region(Region* region) {
-    if (address_sanitizer || region->kind == PINNED) return;
-    mprotect(region->pages, region->pages_size, PROT_READ | PROT_WRITE);
-    if (region->open.exchange(true)) return;
-    region->next_open = memory().open_regions;
-    while (!memory().open_regions.compare_exchange_weak(region->next_open, region)) {}
-}
-
-void close_regions() {
-    for (Region* region = memory().open_regions.exchange(nullptr); region; region = region->next_open) {
-        mprotect(region->pages, region->pages_size, PROT_NONE);
-        region->open = false;
-    }
+// The live one that holds [p, p + size), or null.
+Region* live_region(const void* p, size_t size = 1) {
+    Region* region = region_near(p);
+    return region && region->live && region->holds(p, size) ? region : nullptr;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -113,71 +84,31 @@ void close_regions() {
 
 bool is_runtime(const std::string& file) {
     static const std::string here = std::string(__FILE__).substr(0, std::string(__FILE__).rfind('/') + 1);
-    if (file[0] == '?' || file.compare(0, 5, "/usr/") == 0) return true;
-    if (file.compare(0, here.size(), here) != 0) return false;
-    return file.compare(here.size(), 8, "include/") == 0 || file.find('/', here.size()) == std::string::npos;
+    bool is_here = file.compare(0, here.size(), here) == 0 && file.compare(here.size(), 5, "test/") != 0;
+    return is_here || file[0] == '?' || file.compare(0, 5, "/usr/") == 0;
 }
-
-}  // namespace
-
-Place user_line(void* const* code, int count) {
-    char file[1024];
-    Dl_info self, info;
-    dladdr((void*)&user_line, &self);
-    bool moved = ((const Elf64_Ehdr*)self.dli_fbase)->e_type == ET_DYN;
-    std::string command = "addr2line -i -e /proc/" + std::to_string(getpid()) + "/exe";
-    for (int i = 0; i < count; i++) {
-        if (!dladdr(code[i], &info) || info.dli_fbase != self.dli_fbase) continue;
-        char text[32];
-        snprintf(text, sizeof text, " %zx", (size_t)code[i] - (moved ? (size_t)self.dli_fbase : 0));
-        command += text;
-    }
-    Place found = {nullptr, 0};
-    FILE* pipe = popen((command + " 2>/dev/null").c_str(), "r");
-    while (pipe && !found.file && fgets(file, sizeof file, pipe)) {
-        char* colon = strrchr(file, ':');
-        int line = colon ? atoi(colon + 1) : 0;         // of code without line numbers: file:?
-        if (!line || is_runtime(file)) continue;
-        *colon = 0;
-        found = {strdup(file), line};                   // never freed: the program ends with this report
-    }
-    if (pipe) pclose(pipe);
-    return found;
-}
-
-std::string describe(const void* p) {
-    const Region* region = nearest_region(p);
-    char text[160];
-    snprintf(text, sizeof text, "address %p, in no allocation", p);
-    if (!region) return text;
-    ptrdiff_t offset = (const char*)p - region->base, over = (const char*)p - region->end();
-    ptrdiff_t distance = offset < 0 ? -offset : over < 0 ? offset : over;
-    snprintf(text, sizeof text, "%td bytes %s a %s allocation of %zu bytes%s", distance,
-             offset < 0 ? "before" : over < 0 ? "into" : "past the end of",
-             region->kind == DEVICE ? "device" : "pinned", region->size,
-             region->live ? "" : " that was freed");
-    return text;
-}
-
-namespace {
 
 // The user's line at the instruction `pc`, or null for the caller's; else of what called it.
 Place line_from(const void* pc) {
     void* frames[64];
-    int count = backtrace(frames, 64), first = 0;
-    while (pc && first < count - 1 && frames[first] != pc) first++;
-    for (int i = first; i < count; i++)
+    int count = backtrace(frames, 64);
+    for (int i = 0; i < count; i++)
         if (frames[i] != pc) frames[i] = (char*)frames[i] - 1;          // a call ends before where it returns
-    return user_line(frames + first, count - first);
+    return user_line(frames, count);
 }
 
 // Opens what device code may touch; everything else ends the program.
 void on_fault(int, siginfo_t* info, void* context) {
     const void* p = info->si_addr;
     const auto& registers = ((ucontext_t*)context)->uc_mcontext.gregs;
-    Region* region = nearest_region(p);
-    bool device = current || device_code_here, inside = region && region->holds(p);
-    if (device && inside && region->live && region->kind == DEVICE) return open_region(region);
+    Region* region = region_near(p);
+    bool device = memory().device_code > 0, inside = region && region->holds(p, 1);
+    if (device && inside && region->live) {
+        std::lock_guard<std::mutex> hold(memory().lock);
+        memory().open.insert(region);
+        mprotect(region->pages, region->pages_size, PROT_READ | PROT_WRITE);
+        return;
+    }
     Place place = line_from((void*)registers[REG_RIP]);
     if (on_guard_page(p)) stop(place, "stack overflow: the local variables need more than a thread's stack");
     const char* what = !region         ? "invalid address"
@@ -196,60 +127,87 @@ void catch_faults() {
     done = true;
     stack_t stack = {};
     stack.ss_size = SIGNAL_STACK;
-    stack.ss_sp = mmap(nullptr, SIGNAL_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    stack.ss_sp = mmap(nullptr, SIGNAL_STACK, PROT_READ | PROT_WRITE, ANEW, -1, 0);
     sigaltstack(&stack, nullptr);
     struct sigaction action = {};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, nullptr);
-    sigaction(SIGBUS, &action, nullptr);
 }
 
 bool is_fresh(const char* from, const char* to) {
-    return from == to || ((uint8_t)*from == FRESH && memcmp(from, from + 1, (size_t)(to - from) - 1) == 0);
+    return from == to || (*from == FRESH && memcmp(from, from + 1, (size_t)(to - from) - 1) == 0);
 }
 
 }  // namespace
 
+namespace cpu_cuda {
+
+Place user_line(void* const* code, int count) {
+    char text[1024];
+    size_t moved = __executable_start.e_type == ET_DYN ? (size_t)&__executable_start : 0;
+    std::string command = "addr2line -i -e /proc/" + std::to_string(getpid()) + "/exe";
+    for (int i = 0; i < count; i++) {
+        snprintf(text, sizeof text, " %zx", (size_t)code[i] - moved);
+        command += text;
+    }
+    Place found = {nullptr, 0};
+    FILE* pipe = popen((command + " 2>/dev/null").c_str(), "r");
+    while (pipe && !found.file && fgets(text, sizeof text, pipe)) {
+        char* colon = strrchr(text, ':');
+        int line = colon ? atoi(colon + 1) : 0;         // of code without line numbers: file:?
+        if (!line || is_runtime(text)) continue;
+        *colon = 0;
+        found = {strdup(text), line};                   // never freed: the program ends with this report
+    }
+    if (pipe) pclose(pipe);
+    return found;
+}
+
 Place calling_line() { return line_from(nullptr); }
+
+std::string describe(const void* p) {
+    const Region* region = region_near(p);
+    char text[160];
+    snprintf(text, sizeof text, "address %p, in no allocation", p);
+    if (!region) return text;
+    ptrdiff_t offset = (const char*)p - region->base, over = (const char*)p - region->end();
+    const char* where = offset < 0 ? "before" : over < 0 ? "into" : "past the end of";
+    snprintf(text, sizeof text, "%td bytes %s a %s allocation of %zu bytes%s",
+             std::abs(over < 0 ? offset : over), where, region->kind == DEVICE ? "device" : "pinned",
+             region->size, region->live ? "" : " that was freed");
+    return text;
+}
 
 DeviceCode::DeviceCode() {
     catch_faults();
-    device_code_here++;
+    std::lock_guard<std::mutex> hold(memory().lock);
     memory().device_code++;
 }
 
 DeviceCode::~DeviceCode() {
-    device_code_here--;
-    if (--memory().device_code == 0) close_regions();
+    Memory& m = memory();
+    std::lock_guard<std::mutex> hold(m.lock);
+    if (--m.device_code > 0) return;
+    for (Region* region : m.open) mprotect(region->pages, region->pages_size, PROT_NONE);
+    m.open.clear();
 }
 
 const Allocation* find_allocation(const void* p) { return live_region(p); }
 
-bool may_be_device_pointer(const void* p) {
-    const Region* region = nearest_region(p);
-    if (address_sanitizer) return region && (region->holds(p) || p == region->end());
-    return p < memory().end && p >= memory().end - RESERVED;
-}
-
-// Opens [p, p + size), or stops.
-static void open_range(const void* p, size_t size, bool write, const char* what) {
-    Region* region = live_region(p);
-    if (!fits(region, p, size))
-        stop(calling_line(), "out of bounds: %s %s %zu bytes from %s", what, write ? "writes" : "reads", size,
-             describe(p).c_str());
-    open_region(region);
-}
+bool may_be_device_pointer(const void* p) { return region_near(p); }
 
 void use_memory(const void* p, size_t size, bool write, const char* what) {
     if (size == 0) return;
-    open_range(p, size, write, what);
+    if (!live_region(p, size))
+        stop(calling_line(), "out of bounds: %s %s %zu bytes from %s", what, write ? "writes" : "reads", size,
+             describe(p).c_str());
     if (checking && write) check::initialised(p, size);
     if (checking && !write) check::host_reads(p, size, what);
 }
 
 void check_slack(const Launch& launch) {
-    for (Region* r = memory().open_regions; r; r = r->next_open) {
+    for (const Region* r : memory().open) {
         const char* front = std::max(r->pages, r->base - PAGE);
         if (is_fresh(front, r->base) && is_fresh(r->end(), r->pages + r->pages_size)) continue;
         stop(launch.place, "out of bounds: kernel %s wrote just outside a device allocation of %zu bytes",
@@ -257,63 +215,55 @@ void check_slack(const Launch& launch) {
     }
 }
 
+}  // namespace cpu_cuda
+
 // ------------------------------------------------------------------------------------------------
 // Allocation
 
 namespace {
 
-bool reserve() {
-    Memory& m = memory();
-    void* all = mmap(nullptr, RESERVED, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (all == MAP_FAILED) return false;
-    m.next = (char*)round_up((size_t)all + GAP, HUGE_PAGE);
-    m.end = (char*)all + RESERVED;
-    return true;
-}
-
 // Gives the region its addresses. False when there are none, or no memory behind them.
 bool find_place(Region* region) {
+    Memory& m = memory();
     if (address_sanitizer) {
         void* p = nullptr;
-        if (region->size > PTRDIFF_MAX || posix_memalign(&p, ALIGNMENT, region->size) != 0) return false;
-        region->base = (char*)memset(p, FRESH, region->size);
+        if (posix_memalign(&p, ALIGNMENT, region->size) != 0) return false;
+        region->base = region->zone = (char*)memset(p, FRESH, region->size);
+        region->zone_end = region->end() + 1;           // a pointer to the end is the region's
         return true;
     }
-    Memory& m = memory();
-    size_t body = round_up(region->size, ALIGNMENT), distance = round_up(body, HUGE_PAGE);
-    size_t pages = body > HUGE_PAGE ? distance : round_up(body, PAGE);
-    if (region->size > RESERVED || (!m.end && !reserve())) return false;
-    if (2 * distance + GAP > (size_t)(m.end - m.next)) return false;
-    char* at = m.next + distance - pages;
-    if (mprotect(at, pages, PROT_READ | PROT_WRITE) != 0) return false;
-    madvise(at, pages, MADV_HUGEPAGE);
-    region->pages = (char*)memset(at, FRESH, pages);
+    // Opening and closing costs by the page: large memory has only huge ones, at the price of slack in front.
+    size_t body = round_up(region->size, ALIGNMENT), gap = round_up(body, HUGE_PAGE);
+    size_t pages = round_up(body, body > HUGE_PAGE ? HUGE_PAGE : PAGE);
+    char* end = (char*)round_up((size_t)m.next + HUGE_PAGE + body, HUGE_PAGE);
+    if (end + gap > m.reserved + RESERVED) return false;
+    if (mprotect(end - pages, pages, PROT_READ | PROT_WRITE) != 0) return false;
+    madvise(end - pages, pages, MADV_HUGEPAGE);
+    region->pages = (char*)memset(end - pages, FRESH, pages);
     region->pages_size = pages;
-    region->base = at + pages - body;
-    if (region->kind == DEVICE) mprotect(at, pages, PROT_NONE);
-    m.next += 2 * distance + GAP;
+    region->base = end - body;
+    region->zone = m.next;
+    region->zone_end = m.next = end + gap;
+    if (region->kind == DEVICE) mprotect(region->pages, pages, PROT_NONE);
     return true;
 }
 
 cudaError_t new_allocation(void** pointer, size_t size, MemoryKind kind) {
     Lock lock(runtime_lock());
     Memory& m = memory();
-    if (!pointer) return remember(cudaErrorInvalidValue);
     *pointer = nullptr;
     if (size == 0) return cudaSuccess;
     catch_faults();
-    auto region = std::make_unique<Region>();
-    region->size = size;
-    region->kind = kind;
-    region->live = true;
-    if (kind == DEVICE && size > options().memory - m.used) return remember(cudaErrorMemoryAllocation);
-    if (!find_place(region.get())) return remember(cudaErrorMemoryAllocation);
+    std::unique_ptr<Region> region(new Region{{nullptr, size, kind}});
+    size_t most = kind == DEVICE ? options().memory - m.used : RESERVED / 4;
+    if (size > most || !find_place(region.get())) return remember(cudaErrorMemoryAllocation);
     if (kind == DEVICE) m.used += size;
     if (checking) check::allocated(region->base, size, kind);
     *pointer = region->base;
-    Region*& at = m.regions[region->base];
-    delete at;                          // malloc gives an address out again
-    at = region.release();
+    // malloc gives out addresses again
+    auto old = m.regions.upper_bound(region->base);
+    while (old != m.regions.end() && old->second->base < region->end()) old = m.regions.erase(old);
+    m.regions[region->zone_end] = std::move(region);
     return cudaSuccess;
 }
 
@@ -327,140 +277,86 @@ cudaError_t free_allocation(void* pointer, MemoryKind kind) {
     if (checking) check::freed(region->base, region->size);
     if (kind == DEVICE) memory().used -= region->size;
     region->live = false;
-    if (address_sanitizer) {
-        free(region->base);
-    } else {
-        constexpr int anew = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
-        mmap(region->pages, region->pages_size, PROT_NONE, anew, -1, 0);        // gives the pages back
-    }
+    if (address_sanitizer) free(region->base);
+    else mmap(region->pages, region->pages_size, PROT_NONE, ANEW | MAP_FIXED, -1, 0);
     return cudaSuccess;
 }
 
 // ------------------------------------------------------------------------------------------------
 // Copies
 
-struct Rows {                           // one side of a copy
-    char* start;
-    size_t pitch;
-    Region* region = nullptr;           // null: pageable
-
-    Rows(const void* p, size_t pitch) : start((char*)p), pitch(pitch) {}
-    bool device() const { return region && region->kind == DEVICE; }
-};
-
-struct Copy {
-    Rows to, from;
-    size_t width, height;
-
-    void run() const {
-        DeviceCode device;
-        for (size_t i = 0; i < height; i++) run_row(to.start + i * to.pitch, from.start + i * from.pitch);
-    }
-
-    void run_row(char* t, const char* f) const {
-        if (to.region) open_range(t, width, true, "cudaMemcpy");
-        if (from.region) open_range(f, width, false, "cudaMemcpy");
-        memcpy(t, f, width);
-        if (checking && to.device() && from.region) check::copied(t, f, width);
-        else if (checking && from.region) check::host_reads(f, width, "cudaMemcpy");
-        else if (checking && to.region) check::initialised(t, width);
-    }
-};
-
-// May these rows be this side of a copy? Memory that was freed is neither device nor host.
-bool right_side(const Rows& rows, const Copy& copy, bool device, bool any) {
-    if (!rows.start || (!any && rows.device() != device)) return false;
-    if (!rows.region) return address_sanitizer || !may_be_device_pointer(rows.start);
-    size_t room = (size_t)(rows.region->end() - rows.start);
-    return copy.width <= room && copy.height - 1 <= (room - copy.width) / rows.pitch;
+bool is_device(const void* p) {
+    const Region* region = live_region(p);
+    return region && region->kind == DEVICE;
 }
 
-cudaError_t error_of(const Copy& copy, cudaMemcpyKind kind, cudaStream_t stream) {
-    if (!stream_exists(stream)) return cudaErrorInvalidResourceHandle;
-    if ((unsigned)kind > cudaMemcpyDefault) return cudaErrorInvalidMemcpyDirection;
-    if (copy.to.pitch < copy.width || copy.from.pitch < copy.width) return cudaErrorInvalidPitchValue;
-    if (copy.width == 0 || copy.height == 0) return cudaSuccess;
-    bool any = kind == cudaMemcpyDefault, both = kind == cudaMemcpyDeviceToDevice;
-    bool right = right_side(copy.to, copy, both || kind == cudaMemcpyHostToDevice, any) &&
-                 right_side(copy.from, copy, both || kind == cudaMemcpyDeviceToHost, any);
-    return right ? cudaSuccess : cudaErrorInvalidValue;
+// Is [p, p + size) all of it device memory, or none? Memory that was freed is neither device nor host.
+bool is_side(const void* p, size_t size, bool device) {
+    if (!p || is_device(p) != device) return false;
+    if (live_region(p)) return live_region(p, size);
+    return address_sanitizer || !region_near(p);
 }
 
-// Pageable memory is read before the call returns; what the device gets later is a staged copy of it.
-void enqueue_staged(cudaStream_t stream, const Copy& copy) {
-    auto staged = std::make_shared<std::vector<char>>(copy.width * copy.height);
-    Rows middle(staged->data(), copy.width);
-    Copy{middle, copy.from, copy.width, copy.height}.run();
-    Copy rest = {copy.to, middle, copy.width, copy.height};
-    enqueue(stream, [rest, staged] { rest.run(); });
+void run_copy(void* to, const void* from, size_t size) {
+    DeviceCode device;
+    memcpy(to, from, size);
+    if (checking && is_device(to) && live_region(from)) check::copied(to, from, size);
+    else if (checking && live_region(from)) check::host_reads(from, size, "cudaMemcpy");
+    else if (checking && live_region(to)) check::initialised(to, size);
 }
 
 // What a copy waits for, and what waits for it, is as in "API synchronization behavior" of CUDA's manual.
-cudaError_t copy_rows(Copy copy, cudaMemcpyKind kind, cudaStream_t stream, bool async) {
+cudaError_t copy(void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream,
+                 bool async) {
     Lock lock(runtime_lock());
-    copy.to.region = live_region(copy.to.start);
-    copy.from.region = live_region(copy.from.start);
-    cudaError_t error = error_of(copy, kind, stream);
-    if (error != cudaSuccess || copy.width == 0 || copy.height == 0) return remember(error);
-    bool to_device = copy.to.device(), from_device = copy.from.device();
-    if (to_device && !copy.from.region && options().lazy) {
+    bool within = kind == cudaMemcpyDeviceToDevice;
+    bool to_device = within || kind == cudaMemcpyHostToDevice;
+    bool from_device = within || kind == cudaMemcpyDeviceToHost;
+    if (!stream_exists(stream)) return remember(cudaErrorInvalidResourceHandle);
+    if ((unsigned)kind > cudaMemcpyDeviceToDevice) return remember(cudaErrorInvalidMemcpyDirection);
+    if (size == 0) return cudaSuccess;
+    bool right = is_side(to, size, to_device) && is_side(from, size, from_device);
+    if (!right) return remember(cudaErrorInvalidValue);
+    if (to_device && !live_region(from) && options().lazy) {
+        // Pageable memory is read before the call returns; what the device gets later is a staged copy of it.
         if (!async) cudaStreamSynchronize(stream);
-        enqueue_staged(stream, copy);
+        auto staged = std::make_shared<std::string>((const char*)from, size);
+        enqueue(stream, [=] { run_copy(to, staged->data(), size); });
         return cudaSuccess;
     }
-    enqueue(stream, [copy] { copy.run(); });
-    bool waits = !copy.to.region || (!to_device && !from_device) || (!async && !(to_device && from_device));
-    if (waits) cudaStreamSynchronize(stream);
+    enqueue(stream, [=] { run_copy(to, from, size); });
+    bool on_host = !to_device && !from_device, waits = !async && to_device != from_device;
+    if (on_host || waits || !live_region(to)) cudaStreamSynchronize(stream);
     return cudaSuccess;
 }
 
 }  // namespace
-}  // namespace cpu_cuda
-
-using namespace cpu_cuda;
 
 cudaError_t cudaMalloc(void** pointer, size_t size) { return new_allocation(pointer, size, DEVICE); }
 cudaError_t cudaMallocHost(void** pointer, size_t size) { return new_allocation(pointer, size, PINNED); }
 cudaError_t cudaFree(void* pointer) { return free_allocation(pointer, DEVICE); }
 cudaError_t cudaFreeHost(void* pointer) { return free_allocation(pointer, PINNED); }
 
-cudaError_t cudaHostAlloc(void** pointer, size_t size, unsigned flags) {
-    constexpr unsigned all = cudaHostAllocPortable | cudaHostAllocMapped | cudaHostAllocWriteCombined;
-    return flags & ~all ? remember(cudaErrorInvalidValue) : new_allocation(pointer, size, PINNED);
-}
-
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-    Lock lock(runtime_lock());
-    if (!free || !total) return remember(cudaErrorInvalidValue);
     *total = options().memory;
     *free = options().memory - memory().used;
     return cudaSuccess;
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind kind) {
-    return copy_rows({{to, size}, {from, size}, size, 1}, kind, 0, false);
+    return copy(to, from, size, kind, 0, false);
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,
                             cudaStream_t stream) {
-    return copy_rows({{to, size}, {from, size}, size, 1}, kind, stream, true);
-}
-
-cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                         size_t height, cudaMemcpyKind kind) {
-    return copy_rows({{to, to_pitch}, {from, from_pitch}, width, height}, kind, 0, false);
-}
-
-cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                              size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
-    return copy_rows({{to, to_pitch}, {from, from_pitch}, width, height}, kind, stream, true);
+    return copy(to, from, size, kind, stream, true);
 }
 
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t size, cudaStream_t stream) {
     Lock lock(runtime_lock());
     if (!stream_exists(stream)) return remember(cudaErrorInvalidResourceHandle);
     if (size == 0) return cudaSuccess;
-    if (!fits(live_region(pointer), pointer, size)) return remember(cudaErrorInvalidValue);
+    if (!live_region(pointer, size)) return remember(cudaErrorInvalidValue);
     enqueue(stream, [=] {
         DeviceCode device;
         use_memory(pointer, size, true, "cudaMemset");
@@ -470,9 +366,7 @@ cudaError_t cudaMemsetAsync(void* pointer, int value, size_t size, cudaStream_t 
 }
 
 cudaError_t cudaMemset(void* pointer, int value, size_t size) {
-    Lock lock(runtime_lock());
     cudaError_t error = cudaMemsetAsync(pointer, value, size, 0);
-    const Region* region = live_region(pointer);
-    if (region && region->kind == PINNED) cudaStreamSynchronize(0);
+    if (!is_device(pointer)) cudaStreamSynchronize(0);
     return error;
 }

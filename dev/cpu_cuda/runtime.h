@@ -153,7 +153,6 @@ std::string describe(const void* p);                    // "4 bytes past the end
 // ------------------------------------------------------------------------------------------------
 // Streams.
 
-void let_others_call();                                 // in work that waits for other host threads: frees the lock a moment
 bool stream_exists(cudaStream_t stream);                // or is the default stream; false: cudaErrorInvalidResourceHandle
 // Runs `work` in the order of the stream, which exists: now, or under `lazy` when something forces it.
 void enqueue(cudaStream_t stream, std::function<void()> work);

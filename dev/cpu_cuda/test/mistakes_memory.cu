@@ -202,7 +202,7 @@ static void fresh_accumulator(void) {
 // CASE fresh_pinned plain: wrong result
 static void fresh_pinned(void) {
     float *loss, *x = on_device(COUNT);
-    OK(cudaHostAlloc(&loss, BYTES, cudaHostAllocDefault));
+    OK(cudaMallocHost(&loss, BYTES));
     OK(cudaMemcpy(loss, x, BYTES / 2, cudaMemcpyDeviceToHost));
     expect(loss[COUNT - 1] == 0);
 }

@@ -91,7 +91,7 @@ struct Launch {
     void (*each_pointer)(void* arguments, void (*visit)(const Launch&, int position, const void* value), const Launch&);
 };
 
-// Checks the limits (cudaErrorInvalidConfiguration, ... as the CUDA error), then runs it in its stream.
-void submit(Launch* launch);
+// Checks the limits, then runs it in its stream. Returns the CUDA error, as cudaGetLastError does.
+int submit(Launch* launch);
 
 }  // namespace cpu_cuda
