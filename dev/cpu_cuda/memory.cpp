@@ -313,7 +313,7 @@ cudaError_t copy(void* to, const void* from, size_t size, cudaMemcpyKind kind, c
     bool to_device = within || kind == cudaMemcpyHostToDevice;
     bool from_device = within || kind == cudaMemcpyDeviceToHost;
     if (!stream_exists(stream)) return remember(cudaErrorInvalidResourceHandle);
-    if ((unsigned)kind > cudaMemcpyDeviceToDevice) return remember(cudaErrorInvalidMemcpyDirection);
+    if (kind > cudaMemcpyDeviceToDevice) return remember(cudaErrorInvalidMemcpyDirection);
     if (size == 0) return cudaSuccess;
     bool right = is_side(to, size, to_device) && is_side(from, size, from_device);
     if (!right) return remember(cudaErrorInvalidValue);

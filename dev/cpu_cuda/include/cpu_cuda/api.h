@@ -35,7 +35,7 @@ typedef enum cudaError { CPU_CUDA_ERRORS(CPU_CUDA_ENUMERATOR) } cudaError_t;
 enum cudaDeviceAttr { CPU_CUDA_ATTRIBUTES(CPU_CUDA_ENUMERATOR) };
 #undef CPU_CUDA_ENUMERATOR
 
-enum cudaMemcpyKind {
+enum cudaMemcpyKind : unsigned {
     cudaMemcpyHostToHost,
     cudaMemcpyHostToDevice,
     cudaMemcpyDeviceToHost,
