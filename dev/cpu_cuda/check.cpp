@@ -89,15 +89,8 @@ bool is_shared(uintptr_t address) {
 // ------------------------------------------------------------------------------------------------
 // Who knows what
 
-constexpr unsigned MOST_THREADS = 1024;
-
-// A block, a warp or a thread, by its first thread and size: its parts are the next higher numbers.
-typedef uint64_t Unit;
-typedef std::map<Unit, Time> Times;     // what each did before its time is known
-
-Unit unit_of(uint64_t block, unsigned thread, unsigned size) {
-    return block << 21 | (thread / size * size) << 11 | (MOST_THREADS - size);
-}
+// By block, then thread: what it did before that time is known.
+typedef std::map<uint64_t, std::shared_ptr<const std::vector<Time>>> Times;
 
 struct Clock {
     Times known;                        // comes before what is done now
@@ -108,41 +101,49 @@ struct ThreadState {
     std::shared_ptr<const Clock> clock; // those who met have the same
     bool fenced;                        // has touched nothing since its last fence
 };
+typedef std::vector<ThreadState> ThreadStates;          // of a block
 
 Time now = 1;
 Time ordered_until;                     // launches and grid barriers order all that came before
 std::unordered_map<uintptr_t, Times> released;          // by the atomic variable's address
 
-ThreadState& state_of(const Thread* t) { return ((ThreadState*)t->block->checks)[t->number]; }
-
-// What the unit did until now; that says more than what was known of its parts.
-void add(Times& times, Unit unit, unsigned size) {
-    times.erase(times.lower_bound(unit), times.upper_bound(unit | (2048 * size - 1)));
-    times[unit] = now;
-}
+ThreadState& state_of(const Thread* t) { return (*(ThreadStates*)t->block->checks)[t->number]; }
 
 void join(Times& into, const Times& from) {
-    for (auto& [unit, time] : from) into[unit] = std::max(into[unit], time);
+    for (auto& [block, theirs] : from) {
+        auto& ours = into[block];
+        if (!ours) ours = theirs;
+        if (ours == theirs) continue;
+        auto most = std::make_shared<std::vector<Time>>(*theirs);
+        for (size_t i = 0; i < most->size(); i++) (*most)[i] = std::max((*most)[i], (*ours)[i]);
+        ours = most;
+    }
+}
+
+// What these threads of a block, or all of it, did until now.
+void add(Times& times, Thread* const* threads, size_t count, bool all) {
+    const Block* b = threads[0]->block;
+    auto& known = times[b->number];
+    auto more = std::make_shared<std::vector<Time>>(b->threads, all ? now : 0);
+    if (known && !all) *more = *known;
+    for (size_t i = 0; i < count; i++) (*more)[threads[i]->number] = now;
+    known = more;
 }
 
 // Does `r` come before what the current thread does now?
 bool is_before(const Record& r) {
     if (r.thread == current->number && r.block == current->block->number) return true;
     const Times& known = state_of(current).clock->known;
-    for (unsigned size : {MOST_THREADS, (unsigned)WARP, 1u}) {
-        auto found = known.find(unit_of(r.block, r.thread, size));
-        if (found != known.end() && r.time < found->second) return true;
-    }
-    return false;
+    auto found = known.find(r.block);
+    return found != known.end() && r.time < (*found->second)[r.thread];
 }
 
-// These threads of a block have met: each knows what any of them knew, and what they did.
+// These threads of a block have met: each knows what any of them knew, and did. Exited ones count as arrived
+// when all that live are here.
 void meet(Thread* const* threads, size_t count) {
-    const Block* b = threads[0]->block;
     auto together = std::make_shared<Clock>();
     const Clock* joined = nullptr;
-    bool fenced = true;
-    unsigned lanes[WARP] = {};          // by warp
+    bool fenced = true, all = count == threads[0]->block->live;
     for (size_t i = 0; i < count; i++) {
         const ThreadState& t = state_of(threads[i]);
         if (t.clock.get() != joined) {
@@ -151,20 +152,10 @@ void meet(Thread* const* threads, size_t count) {
         }
         joined = t.clock.get();
         fenced &= t.fenced;
-        lanes[threads[i]->number / WARP] |= 1u << threads[i]->number % WARP;
     }
     now++;
-    auto add_all = [&](Times& times) {
-        if (count == b->live) return add(times, unit_of(b->number, 0, MOST_THREADS), MOST_THREADS);
-        for (unsigned w = 0; w * WARP < b->threads; w++) {
-            bool whole = lanes[w] == b->warps[w].live;
-            if (whole && lanes[w]) add(times, unit_of(b->number, w * WARP, WARP), WARP);
-            for (unsigned left = whole ? 0 : lanes[w]; left; left &= left - 1)
-                add(times, unit_of(b->number, w * WARP + (unsigned)__builtin_ctz(left), 1), 1);
-        }
-    };
-    add_all(together->known);
-    if (fenced) add_all(together->visible);
+    add(together->known, threads, count, all);
+    if (fenced) add(together->visible, threads, count, all);
     for (size_t i = 0; i < count; i++) state_of(threads[i]).clock = together;
 }
 
@@ -331,15 +322,13 @@ void launch_ends() {
 
 void block_begins(Block* b) {
     if (!page_of((uintptr_t)b->shared)) make_shadow(b->shared, b->shared_size, OUTSIDE);
-    ThreadState* states = new ThreadState[b->threads];
-    std::fill_n(states, b->threads, ThreadState{std::make_shared<Clock>(), true});
-    b->checks = states;
+    b->checks = new ThreadStates(b->threads, {std::make_shared<Clock>(), true});
 }
 
 void block_ends(Block* b) {
     report_unwritten(b);
     if (options().profile) profile::block_ends(b);
-    delete[] (ThreadState*)b->checks;
+    delete (ThreadStates*)b->checks;
     set_state(b->shared, b->shared_used, OUTSIDE);
 }
 
@@ -368,7 +357,7 @@ void fence() {
     auto clock = std::make_shared<Clock>(*t.clock);
     clock->visible = clock->known;
     now++;
-    add(clock->visible, unit_of(current->block->number, current->number, 1), 1);
+    add(clock->visible, &current, 1, false);
     t = {clock, true};
 }
 
@@ -454,9 +443,7 @@ static void saw_aligned(const void* p, size_t size, bool writes, const void* cal
 
 // Atomic operations reach the checks through atomic_access; here they are only done.
 #define ATOMICS(bits, Type)                                                                                \
-    Type __tsan_atomic##bits##_load(const volatile Type* p, int) {                                         \
-        return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                       \
-    }                                                                                                      \
+    Type __tsan_atomic##bits##_load(const volatile Type* p, int) { return *p; }                            \
     int __tsan_atomic##bits##_compare_exchange_strong(volatile Type* p, Type* old, Type value, int, int) { \
         return __atomic_compare_exchange_n(p, old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);      \
     }                                                                                                      \

@@ -31,22 +31,16 @@ static void launch_cooperative(void (*kernel)(Parameters...), Arguments... argum
 // Shared memory, within a block
 
 // CASE no_barrier check: race between
-__global__ void no_barrier(float* out) {
-    __shared__ float s[N];
-    s[threadIdx.x] = out[threadIdx.x];          // HERE no_barrier
-    out[threadIdx.x] = s[N - 1 - threadIdx.x];  // HERE no_barrier
-}
-
 // CASE no_barrier_at_end check: write-after-read
-__global__ void no_barrier_at_end(float* out) {
+// CASE reuse plain,check: clean
+__global__ void exchange(float* out, bool when_written, bool when_read) {
     extern __shared__ float dynamic[];
-    float sum = 0;
     for (int i = 0; i < 3; i++) {
-        dynamic[threadIdx.x] = sum + (float)i;          // HERE no_barrier_at_end
-        __syncthreads();
-        sum += dynamic[(threadIdx.x + 33) % N];         // HERE no_barrier_at_end
+        dynamic[threadIdx.x] = (float)i;                        // HERE no_barrier no_barrier_at_end
+        if (when_written) __syncthreads();
+        out[threadIdx.x] += dynamic[(threadIdx.x + 33) % N];    // HERE no_barrier no_barrier_at_end
+        if (when_read) __syncthreads();
     }
-    out[threadIdx.x] = sum;
 }
 
 // Leaves its result in every thread, but not the buffer free.
@@ -89,33 +83,61 @@ __global__ void third_warp(float* out) {
     if (threadIdx.x < 32) out[threadIdx.x] += s[threadIdx.x + 64];      // HERE third_warp
 }
 
+// Warp 0 fills one of two buffers while warp 1 empties the other; they meet when the one is full.
+// CASE specialised plain,check: clean
+__global__ void specialised(float* out) {
+    __shared__ float s[2][32];
+    int lane = (int)threadIdx.x % 32;
+    float sum = 0;
+    for (int i = 0; i < 6; i++) {
+        if (threadIdx.x < 32) s[i % 2][lane] = (float)i;
+        asm volatile("bar.sync %0, 64;" ::"r"(1 + i % 2) : "memory");
+        if (threadIdx.x >= 32) sum += s[i % 2][31 - lane];
+    }
+    if (threadIdx.x >= 32) out[blockIdx.x * 32 + lane] = sum;
+}
+
+// CASE specialised_block plain,check: clean
+__global__ void specialised_block(float* out) {
+    __shared__ float s[2][32];
+    float sum = 0;
+    for (int i = 0; i <= 6; i++) {
+        if (threadIdx.x < 32) s[i % 2][threadIdx.x] = (float)i;
+        else if (i > 0) sum += s[(i - 1) % 2][63 - threadIdx.x];
+        __syncthreads();
+    }
+    if (threadIdx.x >= 32) out[threadIdx.x - 32] = sum;
+}
+
 // ------------------------------------------------------------------------------------------------
 // Shared memory, within a warp
 
+// The second warp is half a warp. With `width` 16, so that its lanes alone meet, the first is two halves.
 // CASE no_syncwarp check: race between lanes of a warp in shared memory
-__global__ void no_syncwarp(float* out) {
-    __shared__ float s[N];
-    s[threadIdx.x] = out[threadIdx.x];                          // HERE no_syncwarp
-    float other = s[threadIdx.x ^ 1];                           // HERE no_syncwarp
-    out[threadIdx.x] = __shfl_xor_sync(~0u, other, 1);          // which orders registers, not memory
-}
-
 // CASE no_syncwarp_in_loop check: race between lanes of a warp in shared memory
-__global__ void no_syncwarp_in_loop(float* out) {
-    __shared__ float s[32];
-    s[threadIdx.x] = out[threadIdx.x];
-    __syncwarp();
-    for (unsigned i = 16; i; i /= 2)
-        if (threadIdx.x < i) s[threadIdx.x] += s[threadIdx.x + i];      // HERE no_syncwarp_in_loop
-    if (threadIdx.x == 0) out[0] = s[0];
+// CASE half_syncwarp check: race between lanes of a warp in shared memory
+// CASE warp_sum plain,check: clean
+__global__ void warp_sum(float* out, int width, bool when_written, bool when_read) {
+    __shared__ float s[48];
+    unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    unsigned mask = width == 32 && warp == 0 ? ~0u : 0xffffu << lane / 16 * 16;
+    s[threadIdx.x] = 1;                                         // HERE no_syncwarp half_syncwarp
+    for (unsigned i = warp ? 8 : 16; i; i /= 2) {
+        if (when_written) __syncwarp(mask);
+        else __shfl_xor_sync(mask, lane, 1);                    // which orders registers, not memory
+        float other = 0;
+        if (lane < i) other = s[threadIdx.x + i];       // HERE no_syncwarp no_syncwarp_in_loop half_syncwarp
+        if (when_read) __syncwarp(mask);
+        s[threadIdx.x] += other;                                // HERE no_syncwarp_in_loop
+    }
+    out[threadIdx.x] = s[threadIdx.x];
 }
 
-// CASE half_syncwarp check: race between lanes of a warp in shared memory
-__global__ void half_syncwarp(float* out) {
-    __shared__ float s[32];
-    s[threadIdx.x] = out[threadIdx.x];                                  // HERE half_syncwarp
-    __syncwarp(threadIdx.x < 16 ? 0x0000ffffu : 0xffff0000u);
-    out[threadIdx.x] = s[(threadIdx.x + 1) % 16];                       // HERE half_syncwarp
+// CASE halves plain,check: clean
+__global__ void halves(__nv_bfloat16* out) {
+    __shared__ __nv_bfloat16 s[N];
+    s[threadIdx.x] = __float2bfloat16((float)threadIdx.x);
+    out[threadIdx.x] = s[threadIdx.x];
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -134,14 +156,6 @@ __global__ void device_variable() {
     if (threadIdx.x == 0) counter += 1;         // HERE device_variable
 }
 
-// CASE accumulate check: race between blocks in global memory
-__global__ void accumulate(float* sum) {
-    __shared__ float part[N];
-    part[threadIdx.x] = 1;
-    __syncthreads();
-    for (int i = 0; threadIdx.x == 0 && i < N; i++) *sum += part[i];    // HERE accumulate
-}
-
 // CASE neighbour check: race between blocks in global memory
 __global__ void neighbour(float* out) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
@@ -157,89 +171,93 @@ __global__ void plain_and_atomic(float* sum) {
     if (blockIdx.x == gridDim.x - 1) sum[1] = sum[0];   // HERE plain_and_atomic
 }
 
-// What a last-block reduction must do; `fences` and `meets` say which of it is done.
-__device__ void last_block_sum(float* parts, float* sum, unsigned* done, bool fences, bool meets) {
+// The fence is that of each thread (`all_fence`), or of the one that tells the other blocks (`fences`).
+// CASE no_fence check: race between blocks in global memory
+// CASE no_barrier_before_atomic check: race between blocks in global memory
+// CASE last_block plain,check,order: clean
+// CASE all_fence plain,check: clean
+__global__ void last_block(float* parts, float* sum, unsigned* done, bool meets, bool fences,
+                           bool all_fence) {
     __shared__ bool last;
     parts[blockIdx.x * N + threadIdx.x] = 1;    // HERE no_fence no_barrier_before_atomic
+    if (all_fence) __threadfence();
     if (meets) __syncthreads();
     if (fences && threadIdx.x == 0) __threadfence();
-    if (threadIdx.x == 0) last = atomicAdd(done, 1) == gridDim.x - 1;
+    if (threadIdx.x == 0) last = atomicInc(done, gridDim.x) == gridDim.x - 1;
     __syncthreads();
     float total = 0;
     for (int b = 0; last && b < (int)gridDim.x; b++)
         total += parts[b * N + threadIdx.x];    // HERE no_fence no_barrier_before_atomic
     if (last) sum[threadIdx.x] = total;
 }
-
-// CASE no_fence check: race between blocks in global memory
-__global__ void no_fence(float* parts, float* sum, unsigned* done) {
-    last_block_sum(parts, sum, done, false, true);
+static void last_block_sum(bool meets, bool fences, bool all_fence) {
+    last_block<<<BLOCKS, N>>>(fresh(BLOCKS * N), fresh(N), (unsigned*)zeros(1), meets, fences, all_fence);
 }
 
-// CASE no_barrier_before_atomic check: race between blocks in global memory
-__global__ void no_barrier_before_atomic(float* parts, float* sum, unsigned* done) {
-    last_block_sum(parts, sum, done, true, false);
-}
-
+// Each block adds to what the one before it left, as soon as that is there.
 // CASE flag_no_fence check: read-after-write race between blocks in global memory
-__global__ void flag_no_fence(float* value, volatile int* flag) {
-    if (threadIdx.x) return;
-    if (blockIdx.x == 0) {
-        *value = 1;                             // HERE flag_no_fence
-        *flag = 1;
-    } else if (blockIdx.x == 1) {
-        while (!*flag) __nanosleep(100);
-        value[1] = *value;                      // HERE flag_no_fence
+// CASE look_back plain,check: clean
+__global__ void look_back(float* sums, volatile int* ready, bool fences) {
+    __shared__ float before;
+    if (threadIdx.x == 0) {
+        while (blockIdx.x > 0 && !ready[blockIdx.x - 1]) __nanosleep(100);
+        __threadfence();
+        before = 0;
+        if (blockIdx.x) before = sums[(blockIdx.x - 1) * N + N - 1];    // HERE flag_no_fence
     }
+    __syncthreads();
+    sums[blockIdx.x * N + threadIdx.x] = before + 1;                    // HERE flag_no_fence
+    __syncthreads();
+    if (fences && threadIdx.x == 0) __threadfence();
+    if (threadIdx.x == 0) ready[blockIdx.x] = 1;
+}
+
+// CASE ticket plain,check: clean
+__global__ void ticket(float* sum, unsigned* tickets) {
+    if (threadIdx.x) return;
+    unsigned mine = atomicAdd(tickets, 1);
+    while (atomicAdd(tickets + 1, 0) != mine) __nanosleep(100);
+    __threadfence();
+    sum[0] += 1;
+    __threadfence();
+    atomicExch(tickets + 1, mine + 1);
+}
+
+// CASE grid_sum plain,check: clean
+__global__ void grid_sum(float* parts, float* out) {
+    cooperative_groups::grid_group grid = cooperative_groups::this_grid();
+    int i = (int)(blockIdx.x * N + threadIdx.x), count = (int)gridDim.x * N;
+    parts[i] = (float)i;
+    for (int step = count / 2; step; step /= 2) {
+        grid.sync();
+        if (i < step) parts[i] += parts[i + step];
+    }
+    grid.sync();
+    out[i] = parts[0];
 }
 
 // ------------------------------------------------------------------------------------------------
 // cp.async
 
-__device__ void copy_16(float* to, const float* from) {
-    unsigned address = (unsigned)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"    // HERE async_no_wait async_wait_for_older
-                 ::"r"(address), "l"(from) : "memory");
-}
-__device__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// CASE async_no_wait check: cp.async not waited for
-__global__ void async_no_wait(float* out) {
-    __shared__ __align__(16) float s[4 * N];
-    copy_16(s + 4 * threadIdx.x, out + 4 * threadIdx.x);
-    commit();
-    out[threadIdx.x] = s[4 * threadIdx.x];      // HERE async_no_wait
-}
-
-// CASE async_wait_for_older check: cp.async not waited for
-__global__ void async_wait_for_older(float* out) {
-    __shared__ __align__(16) float s[2][4 * N];
-    for (int stage = 0; stage < 2; stage++) {
-        copy_16(s[stage] + 4 * threadIdx.x, out + 4 * threadIdx.x);
-        commit();
-    }
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    float sum = s[0][4 * threadIdx.x];
-    out[threadIdx.x] = sum + s[1][4 * threadIdx.x];     // HERE async_wait_for_older
-}
-
-// CASE async_no_barrier check: race between lanes of a warp in shared memory
-__global__ void async_no_barrier(const float* in, float* out) {
-    __shared__ __align__(16) float s[4 * N];
-    copy_16(s + 4 * threadIdx.x, in + 4 * threadIdx.x);
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    out[threadIdx.x] = s[threadIdx.x];          // HERE async_no_barrier
-}
-
+// CASE async_no_barrier check: race between
 // CASE async_reused check: race between
-__global__ void async_reused(const float* in, float* out) {
-    __shared__ __align__(16) float s[4 * N];
-    for (int i = 0; i < 2; i++) {
-        copy_16(s + 4 * threadIdx.x, in + 4 * threadIdx.x);
-        asm volatile("cp.async.wait_all;" ::: "memory");
-        __syncthreads();
-        out[threadIdx.x] = s[threadIdx.x];      // HERE async_reused
+// CASE pipeline plain,check: clean
+__global__ void pipeline(const float* in, float* out, bool when_written, bool when_read) {
+    __shared__ __align__(16) float s[2][4 * N];
+    float sum = 0;
+    for (int i = 0; i <= 5; i++) {
+        unsigned to = (unsigned)__cvta_generic_to_shared(&s[i % 2][4 * threadIdx.x]);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"        // HERE async_no_barrier async_reused
+                     ::"r"(to), "l"(in + 4 * threadIdx.x) : "memory");
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        if (i == 0) continue;
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        if (when_written) __syncthreads();
+        sum += s[(i - 1) % 2][4 * N - 1 - threadIdx.x];                 // HERE async_no_barrier async_reused
+        if (when_read) __syncthreads();
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    out[threadIdx.x] = sum;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -288,36 +306,6 @@ static void fresh_reduced() {
 // ------------------------------------------------------------------------------------------------
 // Bounds, alignment, overflow
 
-struct Table {
-    const float* rows[2];
-};
-
-// CASE host_in_struct check: kernel reads host memory
-__global__ void host_in_struct(float* out, Table table) {
-    out[threadIdx.x] = table.rows[1][threadIdx.x];      // HERE host_in_struct
-}
-
-// CASE host_in_table check: kernel reads host memory
-__global__ void host_in_table(float* out, const float* const* table) {
-    out[threadIdx.x] = table[1][threadIdx.x];           // HERE host_in_table
-}
-
-// CASE host_stack check: kernel writes host memory
-__global__ void host_stack(float* const* table) {
-    *table[0] = 1;                                      // HERE host_stack
-}
-
-static void host_pointers(int kind) {
-    static float local;
-    float on_stack;
-    float *host = (float*)malloc(N * sizeof *host), **table, *pointers[2] = {kind ? host : &on_stack, host};
-    OK(cudaMalloc(&table, sizeof pointers));
-    OK(cudaMemcpy(table, pointers, sizeof pointers, cudaMemcpyHostToDevice));
-    if (kind == 0) host_stack<<<1, 1>>>(table);
-    if (kind == 1) host_in_table<<<1, N>>>(zeros(N), (const float* const*)table);
-    if (kind == 2) host_in_struct<<<1, N>>>(zeros(N), Table{{&local, host}});
-}
-
 // CASE past_array check: out of bounds
 // CASE past_array address: index 64 out of bounds
 __global__ void past_array(float* out, int shift) {
@@ -340,11 +328,6 @@ __global__ void before_array(int shift) {
 __global__ void past_dynamic(int count) {
     extern __shared__ float dynamic[];
     for (int i = (int)threadIdx.x; i <= count; i += N) dynamic[i] = 0;  // HERE past_dynamic
-}
-
-// CASE past_allocation check: out of bounds
-__global__ void past_allocation(float* out, int shift) {
-    out[threadIdx.x + shift] = 1;                       // HERE past_allocation
 }
 
 // CASE misaligned_global address: misaligned address
@@ -413,180 +396,31 @@ __global__ void local_vector(float* out, int count) {
     if (threadIdx.x >= 40) out[threadIdx.x] = sum_of(&v.x, count);
 }
 
-// ------------------------------------------------------------------------------------------------
-// Correct
-
-// CASE last_block plain,check,order: clean
-__global__ void last_block(float* parts, float* sum, unsigned* done) {
-    last_block_sum(parts, sum, done, true, true);
+static void chain(bool fences) {
+    launch_cooperative(look_back, fresh(BLOCKS * N), (volatile int*)zeros(BLOCKS), fences);
 }
-
-// CASE all_fence plain,check: clean
-__global__ void all_fence(float* parts, float* sum, unsigned* done) {
-    __shared__ bool last;
-    parts[blockIdx.x * N + threadIdx.x] = 1;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == N - 1) last = atomicInc(done, gridDim.x) == gridDim.x - 1;
-    __syncthreads();
-    for (unsigned b = 0; last && b < gridDim.x; b++) sum[threadIdx.x] += parts[b * N + threadIdx.x];
-}
-
-// Warp 0 fills one of two buffers while warp 1 empties the other; they meet when the one is full.
-// CASE specialised plain,check: clean
-__global__ void specialised(float* out) {
-    __shared__ float s[2][32];
-    int lane = (int)threadIdx.x % 32;
-    float sum = 0;
-    for (int i = 0; i < 6; i++) {
-        if (threadIdx.x < 32) s[i % 2][lane] = (float)i;
-        asm volatile("bar.sync %0, 64;" ::"r"(1 + i % 2) : "memory");
-        if (threadIdx.x >= 32) sum += s[i % 2][31 - lane];
-    }
-    if (threadIdx.x >= 32) out[blockIdx.x * 32 + lane] = sum;
-}
-
-// CASE specialised_block plain,check: clean
-__global__ void specialised_block(float* out) {
-    __shared__ float s[2][32];
-    float sum = 0;
-    for (int i = 0; i <= 6; i++) {
-        if (threadIdx.x < 32) s[i % 2][threadIdx.x] = (float)i;
-        else if (i > 0) sum += s[(i - 1) % 2][63 - threadIdx.x];
-        __syncthreads();
-    }
-    if (threadIdx.x >= 32) out[threadIdx.x - 32] = sum;
-}
-
-// CASE pipeline plain,check: clean
-__global__ void pipeline(const float* in, float* out) {
-    __shared__ __align__(16) float s[2][4 * N];
-    float sum = 0;
-    copy_16(s[0] + 4 * threadIdx.x, in + 4 * threadIdx.x);
-    commit();
-    for (int i = 0; i < 5; i++) {
-        if (i < 4) copy_16(s[(i + 1) % 2] + 4 * threadIdx.x, in + 4 * threadIdx.x);
-        commit();
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
-        __syncthreads();
-        sum += s[i % 2][4 * N - 1 - threadIdx.x];
-        __syncthreads();
-    }
-    out[threadIdx.x] = sum;
-}
-
-// CASE grid_sum plain,check: clean
-__global__ void grid_sum(float* parts, float* out) {
-    cooperative_groups::grid_group grid = cooperative_groups::this_grid();
-    int i = (int)(blockIdx.x * N + threadIdx.x), count = (int)gridDim.x * N;
-    parts[i] = (float)i;
-    for (int step = count / 2; step; step /= 2) {
-        grid.sync();
-        if (i < step) parts[i] += parts[i + step];
-    }
-    grid.sync();
-    out[i] = parts[0];
-}
-
-// CASE reuse plain,check: clean
-__global__ void reuse(float* out) {
-    extern __shared__ float dynamic[];
-    for (int i = 0; i < 3; i++) {
-        dynamic[threadIdx.x] = (float)i;
-        __syncthreads();
-        out[threadIdx.x] += dynamic[(threadIdx.x + 33) % N];
-        __syncthreads();
-    }
-}
-
-// CASE warp_sum plain,check: clean
-__global__ void warp_sum(float* out) {
-    __shared__ float s[48];
-    unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, lanes = warp ? 16 : 32;
-    s[threadIdx.x] = 1;
-    for (unsigned i = lanes / 2; i; i /= 2) {
-        __syncwarp(warp ? 0xffffu : ~0u);
-        float other = lane < i ? s[threadIdx.x + i] : 0;
-        __syncwarp(warp ? 0xffffu : ~0u);
-        s[threadIdx.x] += other;
-    }
-    out[threadIdx.x] = s[threadIdx.x];
-}
-
-// CASE halves plain,check: clean
-__global__ void halves(__nv_bfloat16* out) {
-    __shared__ __nv_bfloat16 s[N];
-    s[threadIdx.x] = __float2bfloat16((float)threadIdx.x);
-    out[threadIdx.x] = s[threadIdx.x];
-}
-
-// Each block adds to what the one before it left, as soon as that is there.
-// CASE look_back plain,check: clean
-__global__ void look_back(float* sums, volatile int* ready) {
-    __shared__ float before;
-    if (threadIdx.x == 0) {
-        while (blockIdx.x > 0 && !ready[blockIdx.x - 1]) __nanosleep(100);
-        __threadfence();
-        before = blockIdx.x ? sums[(blockIdx.x - 1) * N + N - 1] : 0;
-    }
-    __syncthreads();
-    sums[blockIdx.x * N + threadIdx.x] = before + 1;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        ready[blockIdx.x] = 1;
-    }
-}
-
-// CASE ticket plain,check: clean
-__global__ void ticket(float* sum, unsigned* tickets) {
-    if (threadIdx.x) return;
-    unsigned mine = atomicAdd(tickets, 1);
-    while (atomicAdd(tickets + 1, 0) != mine) __nanosleep(100);
-    __threadfence();
-    sum[0] += 1;
-    __threadfence();
-    atomicExch(tickets + 1, mine + 1);
-}
-
-static unsigned* counters() { return (unsigned*)zeros(N); }
 
 static const Case cases[] = {
-    {"no_barrier", [] { no_barrier<<<1, N>>>(zeros(N)); }},
-    {"no_barrier_at_end", [] { no_barrier_at_end<<<1, N, N * sizeof(float)>>>(zeros(N)); }},
+    {"no_barrier", [] { exchange<<<1, N, N * sizeof(float)>>>(zeros(N), false, true); }},
+    {"no_barrier_at_end", [] { exchange<<<1, N, N * sizeof(float)>>>(zeros(N), true, false); }},
+    {"reuse", [] { exchange<<<1, N, N * sizeof(float)>>>(zeros(N), true, true); }},
     {"reused_buffer", [] { reused_buffer<<<2, N>>>(zeros(N)); }},
     {"same_value", [] { same_value<<<1, N>>>((int*)zeros(N)); }},
     {"half_word", [] { half_word<<<1, N>>>(zeros(N)); }},
     {"third_warp", [] { third_warp<<<1, 96>>>(zeros(N)); }},
-    {"no_syncwarp", [] { no_syncwarp<<<1, N>>>(zeros(N)); }},
-    {"no_syncwarp_in_loop", [] { no_syncwarp_in_loop<<<1, 32>>>(zeros(N)); }},
-    {"half_syncwarp", [] { half_syncwarp<<<1, 32>>>(zeros(N)); }},
     {"global_no_barrier", [] { global_no_barrier<<<1, N>>>(zeros(N)); }},
     {"device_variable", [] { device_variable<<<BLOCKS, N>>>(); }},
-    {"accumulate", [] { accumulate<<<BLOCKS, N>>>(zeros(1)); }},
     {"neighbour", [] { neighbour<<<BLOCKS, N>>>(zeros(BLOCKS * N)); }},
     {"plain_and_atomic", [] { plain_and_atomic<<<BLOCKS, N>>>(zeros(2)); }},
-    {"no_fence", [] { no_fence<<<BLOCKS, N>>>(fresh(BLOCKS * N), fresh(N), counters()); }},
-    {"no_barrier_before_atomic",
-     [] { no_barrier_before_atomic<<<BLOCKS, N>>>(fresh(BLOCKS * N), fresh(N), counters()); }},
-    {"flag_no_fence", [] { launch_cooperative(flag_no_fence, zeros(2), (volatile int*)zeros(1)); }},
-    {"async_no_wait", [] { async_no_wait<<<1, N>>>(zeros(4 * N)); }},
-    {"async_wait_for_older", [] { async_wait_for_older<<<1, N>>>(zeros(4 * N)); }},
-    {"async_no_barrier", [] { async_no_barrier<<<1, N>>>(zeros(4 * N), zeros(N)); }},
-    {"async_reused", [] { async_reused<<<1, N>>>(zeros(4 * N), zeros(N)); }},
     {"fresh_shared", [] { fresh_shared<<<1, N>>>(zeros(N)); }},
     {"fresh_global", [] { fresh_global<<<1, N>>>(fresh(N)); }},
     {"fresh_copied", fresh_copied},
     {"fresh_half", [] { fresh_half<<<1, N>>>((__nv_bfloat16*)fresh(N / 2)); }},
     {"fresh_to_host", fresh_to_host},
     {"fresh_reduced", fresh_reduced},
-    {"host_stack", [] { host_pointers(0); }},
-    {"host_in_table", [] { host_pointers(1); }},
-    {"host_in_struct", [] { host_pointers(2); }},
     {"past_array", [] { past_array<<<1, N>>>(zeros(N), 1); }},
     {"before_array", [] { before_array<<<1, N>>>(-1); }},
     {"past_dynamic", [] { past_dynamic<<<1, N, N * sizeof(float)>>>(N); }},
-    {"past_allocation", [] { past_allocation<<<1, N>>>(zeros(N), 1); }},
     {"misaligned_global", [] { misaligned_global<<<1, N>>>(zeros(5 * N)); }},
     {"misaligned_shared", [] { misaligned_shared<<<1, N>>>(zeros(N), 1); }},
     {"misaligned_bytes", [] { misaligned_bytes<<<1, N>>>((const char*)zeros(N), (int*)zeros(N)); }},
@@ -596,17 +430,24 @@ static const Case cases[] = {
     {"local_past_end", [] { local_past_end<<<1, N>>>(zeros(N), 1); }},
     {"local_in_helper", [] { local_in_helper<<<1, N>>>(zeros(N), 8); }},
     {"local_vector", [] { local_vector<<<1, N>>>(zeros(N), 5); }},
-    {"last_block", [] { last_block<<<BLOCKS, N>>>(fresh(BLOCKS * N), fresh(N), counters()); }},
-    {"all_fence", [] { all_fence<<<BLOCKS, N>>>(fresh(BLOCKS * N), zeros(N), counters()); }},
     {"specialised", [] { specialised<<<2, N>>>(zeros(N)); }},
     {"specialised_block", [] { specialised_block<<<1, N>>>(zeros(N)); }},
-    {"pipeline", [] { pipeline<<<1, N>>>(zeros(4 * N), zeros(N)); }},
-    {"grid_sum", [] { launch_cooperative(grid_sum, fresh(BLOCKS * N), fresh(BLOCKS * N)); }},
-    {"reuse", [] { reuse<<<1, N, N * sizeof(float)>>>(zeros(N)); }},
-    {"warp_sum", [] { warp_sum<<<1, 48>>>(zeros(N)); }},
+    {"no_syncwarp", [] { warp_sum<<<1, 48>>>(zeros(N), 32, false, true); }},
+    {"no_syncwarp_in_loop", [] { warp_sum<<<1, 48>>>(zeros(N), 32, true, false); }},
+    {"half_syncwarp", [] { warp_sum<<<1, 48>>>(zeros(N), 16, true, true); }},
+    {"warp_sum", [] { warp_sum<<<1, 48>>>(zeros(N), 32, true, true); }},
     {"halves", [] { halves<<<1, N>>>((__nv_bfloat16*)fresh(N)); }},
-    {"look_back", [] { launch_cooperative(look_back, fresh(BLOCKS * N), (volatile int*)zeros(BLOCKS)); }},
-    {"ticket", [] { launch_cooperative(ticket, zeros(1), counters()); }},
+    {"no_fence", [] { last_block_sum(true, false, false); }},
+    {"no_barrier_before_atomic", [] { last_block_sum(false, true, false); }},
+    {"last_block", [] { last_block_sum(true, true, false); }},
+    {"all_fence", [] { last_block_sum(true, false, true); }},
+    {"flag_no_fence", [] { chain(false); }},
+    {"look_back", [] { chain(true); }},
+    {"ticket", [] { launch_cooperative(ticket, zeros(1), (unsigned*)zeros(2)); }},
+    {"grid_sum", [] { launch_cooperative(grid_sum, fresh(BLOCKS * N), fresh(BLOCKS * N)); }},
+    {"async_no_barrier", [] { pipeline<<<1, N>>>(zeros(4 * N), zeros(N), false, true); }},
+    {"async_reused", [] { pipeline<<<1, N>>>(zeros(4 * N), zeros(N), true, false); }},
+    {"pipeline", [] { pipeline<<<1, N>>>(zeros(4 * N), zeros(N), true, true); }},
 };
 
 int main(int argc, char** argv) { return RUN_CASE(cases, argc, argv); }
