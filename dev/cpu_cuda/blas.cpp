@@ -93,23 +93,13 @@ std::vector<float> pack(const Matrix& x, size_t width) {
     return panels;
 }
 
-// Columns of `down` rows, both rounded up to whole tiles.
-std::vector<float> multiply(const Matrix& x, const Matrix& y, size_t* down) {
-    size_t depth = x.columns;
-    std::vector<float> a = pack(x, HIGH), b = pack(y, WIDE);
-    *down = a.size() / depth;
-    std::vector<float> product(*down * (b.size() / depth));
-    for (size_t j = 0; j < b.size() / depth; j += WIDE)
-        for (size_t i = 0; i < *down; i += HIGH) {
-            Column sums[WIDE] = {};
-            for (size_t k = 0; k < depth; k++) {
-                Column left;
-                memcpy(&left, &a[i * depth + k * HIGH], sizeof left);
-                for (size_t w = 0; w < WIDE; w++) sums[w] += left * b[j * depth + k * WIDE + w];
-            }
-            for (size_t w = 0; w < WIDE; w++) memcpy(&product[(j + w) * *down + i], &sums[w], sizeof sums[w]);
-        }
-    return product;
+// A tile of WIDE columns from a panel of each.
+void multiply_panels(Column* sums, const float* a, const float* b, size_t depth) {
+    for (size_t k = 0; k < depth; k++, a += HIGH, b += WIDE) {
+        Column left;
+        memcpy(&left, a, sizeof left);
+        for (size_t w = 0; w < WIDE; w++) sums[w] += left * b[w];
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -124,21 +114,18 @@ float gelu_gradient(float x) {
     return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBE * x * x);
 }
 
-// D and aux from the product.
-void finish(const Job& job, const Matrix& product) {
+// Element (i, j) of D, and of aux, from that of the product.
+void finish(const Job& job, size_t i, size_t j, float x) {
     const Matrix* o = job.operands;
-    for (size_t j = 0; j < product.columns; j++)
-        for (size_t i = 0; i < product.rows; i++) {
-            float x = job.alpha * get(product, i, j);
-            if (job.beta != 0) x += job.beta * get(o[C], i, j);
-            if (job.epilogue & ADDS_BIAS) x += get(o[BIAS], i, 0);
-            if (job.epilogue & GELU) {
-                put(o[AUX], i, j, x);
-                x = gelu(x);
-            }
-            if (job.epilogue & GELU_GRADIENT) x *= gelu_gradient(get(o[AUX], i, j));
-            put(o[D], i, j, x);
-        }
+    x *= job.alpha;
+    if (job.beta != 0) x += job.beta * get(o[C], i, j);
+    if (job.epilogue & ADDS_BIAS) x += get(o[BIAS], i, 0);
+    if (job.epilogue & GELU) {
+        put(o[AUX], i, j, x);
+        x = gelu(x);
+    }
+    if (job.epilogue & GELU_GRADIENT) x *= gelu_gradient(get(o[AUX], i, j));
+    put(o[D], i, j, x);
 }
 
 void run(const Job& job) {
@@ -148,12 +135,18 @@ void run(const Job& job) {
     bool written[] = {false, false, false, true, (job.epilogue & SUMS_B) != 0, (job.epilogue & GELU) != 0};
     for (int i = 0; i < OPERANDS; i++)
         if (o[i].at) use(o[i], written[i], names[i]);
-    size_t down;
-    std::vector<float> sums = multiply(o[A], o[B], &down);
-    finish(job, {CUDA_R_32F, o[D].rows, o[D].columns, 1, down, (char*)sums.data()});
-    for (size_t row = 0; row < o[B].rows && job.epilogue & SUMS_B; row++) {
+    size_t m = o[D].rows, n = o[D].columns, depth = o[A].columns;
+    std::vector<float> a = pack(o[A], HIGH), b = pack(o[B], WIDE);
+    for (size_t j = 0; j < n; j += WIDE)
+        for (size_t i = 0; i < m; i += HIGH) {
+            Column sums[WIDE] = {};
+            multiply_panels(sums, &a[i * depth], &b[j * depth], depth);
+            for (size_t w = j; w < std::min(j + WIDE, n); w++)
+                for (size_t h = i; h < std::min(i + HIGH, m); h++) finish(job, h, w, sums[w - j][h - i]);
+        }
+    for (size_t row = 0; row < n && job.epilogue & SUMS_B; row++) {
         float sum = 0;
-        for (size_t k = 0; k < o[B].columns; k++) sum += get(o[B], row, k);
+        for (size_t k = 0; k < depth; k++) sum += get(o[B], row, k);
         put(o[BIAS], row, 0, sum);
     }
 }

@@ -3,6 +3,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include <vector>
+
 #include "test.h"
 
 #define EPS 0x1p-23                             // of float
@@ -48,19 +50,6 @@ static __device__ void wait() {
 // Kernels
 
 enum { TILE = 64, DEPTH = 32, PAD = 8, MATRICES = 12 };
-
-// d (16, 8) += a (16, 16) b (8, 16)^T, a warp for each, fragments from global memory
-__global__ void multiply_fragments(float* d, const __nv_bfloat16* a, const __nv_bfloat16* b) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4 * 2;
-    const __nv_bfloat16 *A = a + warp * 256, *B = b + warp * 128;
-    float *D = d + warp * 128, sum[4];
-    uint32_t fa[4], fb[2];
-    for (int i = 0; i < 4; i++) fa[i] = *(const uint32_t*)(A + (g + i % 2 * 8) * 16 + t + i / 2 * 8);
-    for (int i = 0; i < 2; i++) fb[i] = *(const uint32_t*)(B + g * 16 + t + i * 8);
-    for (int i = 0; i < 4; i++) sum[i] = D[(g + i / 2 * 8) * 8 + t + i % 2];
-    mma(sum, fa, fb);
-    for (int i = 0; i < 4; i++) D[(g + i / 2 * 8) * 8 + t + i % 2] = sum[i];
-}
 
 // What each lane gets of four matrices whose elements are numbered, rows 48 bytes apart.
 __global__ void load_matrices(uint32_t* out) {
@@ -160,35 +149,16 @@ static T* to_device(const T* values, int count) {
     return device;
 }
 
-// Is x what start + a b (with these steps between their k) may give? Each of the K / 8 sums that mma rounds
-// or cuts is at most the sum of magnitudes, and errs by less than 4 units in its last place.
-static bool close(float x, float start, const __nv_bfloat16* a, int a_step, const __nv_bfloat16* b,
-                  int b_step, int K) {
-    double sum = start, magnitude = fabs(start);
+// Is x what a b (with these steps between their k) may give? Each of the K / 8 sums that mma rounds or cuts
+// is at most the sum of magnitudes, and errs by less than 4 units in its last place.
+static bool close(float x, const __nv_bfloat16* a, const __nv_bfloat16* b, int b_step, int K) {
+    double sum = 0, magnitude = 0;
     for (int k = 0; k < K; k++) {
-        double term = (double)(float)a[k * a_step] * (float)b[k * b_step];
+        double term = (double)(float)a[k] * (float)b[k * b_step];
         sum += term;
         magnitude += fabs(term);
     }
     return fabs(x - sum) <= (K / 8 + 1) * 4 * EPS * magnitude;
-}
-
-static void test_fragments(void) {
-    enum { WARPS = 3 };
-    static __nv_bfloat16 a[WARPS * 256], b[WARPS * 128];
-    static float start[WARPS * 128], result[WARPS * 128];
-    for (int i = 0; i < WARPS * 256; i++) a[i] = uniform() * (i < 512 ? 1 : ldexpf(1, i % 24 - 12));
-    for (int i = 0; i < WARPS * 128; i++) b[i] = uniform();
-    for (int i = 0; i < WARPS * 128; i++) start[i] = uniform();
-    float* device = to_device(start, WARPS * 128);
-    __nv_bfloat16 *da = to_device(a, WARPS * 256), *db = to_device(b, WARPS * 128);
-    multiply_fragments<<<1, WARPS * 32>>>(device, da, db);
-    OK(cudaMemcpy(result, device, sizeof result, cudaMemcpyDeviceToHost));
-    for (int i = 0; i < WARPS * 128; i++)
-        CHECK(close(result[i], start[i], a + i / 8 * 16, 1, b + i / 128 * 128 + i % 8 * 16, 1, 16));
-    OK(cudaFree(device));
-    OK(cudaFree(da));
-    OK(cudaFree(db));
 }
 
 static void test_matrices(void) {
@@ -208,26 +178,22 @@ static void test_matrices(void) {
 
 template <bool transposed, int bytes>
 static void test_matmul(int M, int N, int K) {
-    __nv_bfloat16* a = (__nv_bfloat16*)malloc(M * K * sizeof *a);
-    __nv_bfloat16* b = (__nv_bfloat16*)malloc(N * K * sizeof *b);
-    float *c = (float*)malloc(M * N * sizeof *c), *device;
-    for (int i = 0; i < M * K; i++) a[i] = uniform();
+    std::vector<__nv_bfloat16> a(M * K), b(N * K);
+    std::vector<float> c(M * N);
+    for (int i = 0; i < M * K; i++) a[i] = uniform() * ldexpf(1, i % 24 - 12);
     for (int i = 0; i < N * K; i++) b[i] = uniform();
-    __nv_bfloat16 *da = to_device(a, M * K), *db = to_device(b, N * K);
-    OK(cudaMalloc(&device, M * N * sizeof *c));
+    __nv_bfloat16 *da = to_device(a.data(), M * K), *db = to_device(b.data(), N * K);
+    float* device = to_device(c.data(), M * N);
     dim3 grid((N + TILE - 1) / TILE, (M + TILE - 1) / TILE);
     matmul<transposed, bytes><<<grid, 128>>>(device, da, db, M, N, K);
-    OK(cudaMemcpy(c, device, M * N * sizeof *c, cudaMemcpyDeviceToHost));
+    OK(cudaMemcpy(c.data(), device, M * N * sizeof(float), cudaMemcpyDeviceToHost));
     int right = 0;
     for (int i = 0; i < M * N; i++)
-        right += close(c[i], 0, a + i / N * K, 1, b + i % N * (transposed ? 1 : K), transposed ? N : 1, K);
+        right += close(c[i], &a[i / N * K], &b[i % N * (transposed ? 1 : K)], transposed ? N : 1, K);
     CHECK(right == M * N);
     OK(cudaFree(device));
     OK(cudaFree(da));
     OK(cudaFree(db));
-    free(a);
-    free(b);
-    free(c);
 }
 
 static void test_hand_over(void) {
@@ -240,7 +206,6 @@ static void test_hand_over(void) {
 }
 
 int main(void) {
-    test_fragments();
     test_matrices();
     test_matmul<false, 16>(80, 72, 104);
     test_matmul<true, 16>(65, 72, 40);
