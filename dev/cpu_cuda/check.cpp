@@ -141,22 +141,25 @@ bool is_before(const Record& r) {
 // These threads of a block have met: each knows what any of them knew, and did. Exited ones count as arrived
 // when all that live are here.
 void meet(Thread* const* threads, size_t count) {
+    const Block* b = threads[0]->block;
+    bool all = count == b->live, fenced = true;
+    std::vector<ThreadState*> states;
+    for (size_t i = 0; i < (all ? b->threads : count); i++)
+        states.push_back(&(*(ThreadStates*)b->checks)[all ? i : threads[i]->number]);
     auto together = std::make_shared<Clock>();
     const Clock* joined = nullptr;
-    bool fenced = true, all = count == threads[0]->block->live;
-    for (size_t i = 0; i < count; i++) {
-        const ThreadState& t = state_of(threads[i]);
-        if (t.clock.get() != joined) {
-            join(together->known, t.clock->known);
-            join(together->visible, t.clock->visible);
+    for (ThreadState* t : states) {
+        if (t->clock.get() != joined) {
+            join(together->known, t->clock->known);
+            join(together->visible, t->clock->visible);
         }
-        joined = t.clock.get();
-        fenced &= t.fenced;
+        joined = t->clock.get();
+        fenced &= t->fenced;
     }
     now++;
     add(together->known, threads, count, all);
     if (fenced) add(together->visible, threads, count, all);
-    for (size_t i = 0; i < count; i++) state_of(threads[i]).clock = together;
+    for (ThreadState* t : states) t->clock = together;
 }
 
 // What the thread has made visible passes to the atomic variable (a store forgets what others released there,
