@@ -101,11 +101,11 @@ static void test_type(ncclDataType_t type, size_t count) {
 static void test_rounding() {
     const float tolerance = on_cpu ? 0 : (float)ranks / 128;
     const size_t count = 4099;
-    auto fraction = [](int r, size_t i) { return __float2bfloat16(sinf((float)i + 5e3f * (float)r)); };
+    auto fraction = [](int r, size_t i) { return sinf((float)i + 5e3f * (float)r); };
     std::vector<float> f(count);
     std::vector<__nv_bfloat16> h(count);
-    for (size_t i = 0; i < count; i++) h[i] = fraction(rank, i);
-    for (size_t i = 0; i < count; i++) f[i] = __bfloat162float(h[i]);
+    for (size_t i = 0; i < count; i++) f[i] = fraction(rank, i);
+    for (size_t i = 0; i < count; i++) h[i] = __float2bfloat16(f[i]);
     float* df = to_device(f);
     __nv_bfloat16* dh = to_device(h);
     NCCL(ncclAllReduce(df, df, count, ncclFloat, ncclSum, world, stream));
@@ -114,10 +114,11 @@ static void test_rounding() {
     h = to_host(dh, count);
     bool right = true;
     for (size_t i = 0; i < count; i++) {
-        float sum = 0;
-        for (int r = 0; r < ranks; r++) sum += __bfloat162float(fraction(r, i));
+        float sum = 0, bf16_sum = 0;
+        for (int r = 0; r < ranks; r++) sum += fraction(r, i);
+        for (int r = 0; r < ranks; r++) bf16_sum += __bfloat162float(__float2bfloat16(fraction(r, i)));
         right &= fabsf(f[i] - sum) <= tolerance;
-        right &= fabsf(__bfloat162float(h[i]) - __bfloat162float(__float2bfloat16(sum))) <= tolerance;
+        right &= fabsf(__bfloat162float(h[i]) - __bfloat162float(__float2bfloat16(bf16_sum))) <= tolerance;
     }
     CHECK(right);
 }

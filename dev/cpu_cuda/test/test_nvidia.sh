@@ -1,7 +1,7 @@
 #!/bin/sh
-# Compares cuda_bf16.h and cublasLt.h with NVIDIA's, where the toolkit is installed: one program is compiled
-# with either, and what it prints must agree: hashes of results over all bfloat16 values, many pairs, floats,
-# doubles and integers; the types of functions, the values of enumerators.
+# Compares cuda_bf16.h, cublasLt.h and nccl.h with NVIDIA's, where the toolkit is installed: one program is
+# compiled with either, and what it prints must agree: hashes of results over all bfloat16 values, many pairs,
+# floats, doubles and integers; the types of functions, the values of enumerators.
 here=$(cd "$(dirname "$0")/.." && pwd)
 toolkit=${CUDA_HOME:-/usr/local/cuda}
 if [ ! -f "$toolkit/include/cuda_bf16.h" ]; then
@@ -14,6 +14,9 @@ cat > "$folder/values.cpp" <<'END'
 #include <cuda_runtime.h>
 #include <cuda_bf16.h>
 #include <cublasLt.h>
+#if __has_include(<nccl.h>)
+#include <nccl.h>
+#endif
 #include <stdio.h>
 #include <string.h>
 #include <typeinfo>
@@ -85,8 +88,11 @@ int main() {
 #include "names.h"
 }
 END
-# every enumerator of our header, so that none is forgotten
-sed -n 's/^    \(CU[A-Z0-9_]*\) = .*/    VALUE(\1);/p' "$here/include/cublasLt.h" > "$folder/names.h"
+# every enumerator of our headers, so that none is forgotten
+for header in cublasLt.h nccl.h; do
+    [ -f "$toolkit/include/$header" ] || continue
+    sed -n 's/^    \([A-Za-z0-9_]*\) = .*/    VALUE(\1);/p' "$here/include/$header"
+done > "$folder/names.h"
 # the functions' types are compared, none is called: they may stay undefined
 build() {
     g++ -std=c++17 -O1 -w -isystem "$1" "$folder/values.cpp" -no-pie -Wl,--unresolved-symbols=ignore-all \
@@ -96,6 +102,6 @@ build "$toolkit/include" "$folder/nvidia" && build "$here/include" "$folder/here
 if diff "$folder/nvidia.txt" "$folder/here.txt"; then
     echo "$(wc -l < "$folder/here.txt") passed, 0 failed"
 else
-    echo "0 passed, 1 failed: cuda_bf16.h or cublasLt.h differs from NVIDIA's (<)"
+    echo "0 passed, 1 failed: cuda_bf16.h, cublasLt.h or nccl.h differs from NVIDIA's (<)"
     exit 1
 fi
