@@ -76,7 +76,30 @@ mutate:
 figures: train_gpt_mhc
 	sh scripts/fig_gain.sh
 
-# --- the GPU's source on a machine without one
+# --- on a GPU, with nvcc; or the same files on the CPU, with NVCC=dev/cpu_cuda/nvcc NVCC_OPT=-O1
+
+NVCC ?= nvcc
+NVCC_OPT ?= -O3
+# Of the GPUs here the oldest; with none, A100's, whose programs newer ones run too.
+ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | sort -n | head -n 1 | tr -d . | sed 's/^/sm_/')
+PRECISION ?= BF16
+ifeq ($(filter BF16 FP32,$(PRECISION)),)
+$(error PRECISION: found $(PRECISION), expected BF16 or FP32)
+endif
+NVCC_FLAGS = -std=c++17 $(NVCC_OPT) -arch=$(or $(ARCH),sm_80) -DPRECISION_$(PRECISION) -DGIT_HASH='"$(GIT_HASH)"' -D_GNU_SOURCE \
+             -Xcompiler -Wall,-Wextra,-Wno-unused-function,-fopenmp -Xcompiler -ffp-contract=fast
+
+train_gpt_mhc_cuda: train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt
+
+test_gpt_mhc_cuda: test_gpt_mhc.cu train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt
+
+train-gpu: train_gpt_mhc_cuda
+	./train_gpt_mhc_cuda --config scripts/tiny.cfg --out $(DIR) --overwrite $(ARGS)
+
+test-gpu:
+	NVCC=$(NVCC) sh dev/test_gpu.sh
 
 test-cpu-cuda:
 	sh dev/cpu_cuda/test/run.sh
@@ -85,6 +108,6 @@ gpu-compile:
 	sh dev/gpu_compile.sh
 
 clean:
-	rm -rf build train_gpt_mhc
+	rm -rf build train_gpt_mhc train_gpt_mhc_cuda test_gpt_mhc_cuda
 
-.PHONY: help train train-cpu test deps bench fuzz mutate figures test-cpu-cuda gpu-compile clean
+.PHONY: help train train-cpu test deps bench fuzz mutate figures train-gpu test-gpu test-cpu-cuda gpu-compile clean

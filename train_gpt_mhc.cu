@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#pragma nv_diag_suppress 177     // not all of the reference is used here, and its pragmas of OpenMP are the host compiler's
 #define GPU_TRAINER             // leaves out what the CPU computes a run with, and main
 #include "train_gpt_mhc.c"
 
@@ -71,497 +72,766 @@ __device__ __forceinline__ float block_max(float x) {
     return block_combine(x, -INFINITY, [](float v) { return warp_max(v); });
 }
 // ------------------------------------------------------------------------------------------------
-// Matrix products, by cuBLASLt. What it needs to know of a product (descriptors, layouts, the algorithm) is made when the product
-// is first asked for and kept.
+// Memory 16 bytes at a time. Kernels that walk along rows of floatX have a template argument N: SEVERAL where
+// all rows begin at a multiple of 16 bytes, else 1, which is right for every size.
 
-static void lt_check(cublasStatus_t status, const char* call, int line) {
+enum { SEVERAL = 16 / sizeof(floatX), ELEMENT_THREADS = 256 };
+
+template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Several { T x[N]; };
+
+template <int N, class T> __device__ __forceinline__ void load_several(float (&x)[N], const T* from) {
+    Several<T, N> raw = *(const Several<T, N>*)from;
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = to_float(raw.x[i]);
+}
+template <int N, class T> __device__ __forceinline__ void store_several(T* to, const float (&x)[N]) {
+    Several<T, N> raw;
+#pragma unroll
+    for (int i = 0; i < N; i++) raw.x[i] = from_float<T>(x[i]);
+    *(Several<T, N>*)to = raw;
+}
+
+// How many numbers a kernel may take at a time: rows of `width`, the first of which begin at these addresses.
+static int several_of(size_t width, std::initializer_list<const void*> starts) {
+    for (const void* start : starts)
+        if ((uintptr_t)start % 16) return 1;
+    return width % SEVERAL ? 1 : SEVERAL;
+}
+
+// kernel<N><<<blocks, threads, 0, stream>>>(..)
+#define LAUNCH_SEVERAL(N, kernel, blocks, threads, stream, ...)                                              \
+    do {                                                                                                     \
+        if (N == SEVERAL) kernel<SEVERAL><<<blocks, threads, 0, stream>>>(__VA_ARGS__);                      \
+        else kernel<1><<<blocks, threads, 0, stream>>>(__VA_ARGS__);                                         \
+        LAUNCHED();                                                                                          \
+    } while (0)
+
+// ------------------------------------------------------------------------------------------------
+// Sums over rows, in two phases: blocks sum slabs of SUM_ROWS rows, then add_slabs adds the slabs' sums. Both
+// in an order that depends on the sizes alone.
+
+enum { SUM_LINES = 8, SUM_ROWS = 128 };         // blocks of (WARP, SUM_LINES) threads, lanes along columns
+
+// The sums over the lines of a block, in line 0
+template <int N> __device__ __forceinline__ void sum_lines(float (&x)[N]) {
+    __shared__ float lines[SUM_LINES][N][WARP];
+#pragma unroll
+    for (int i = 0; i < N; i++) lines[threadIdx.y][i][threadIdx.x] = x[i];
+    __syncthreads();
+    for (int l = 1; l < SUM_LINES && threadIdx.y == 0; l++)
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] += lines[l][i][threadIdx.x];
+    __syncthreads();                                            // lines may be written again
+}
+
+static __global__ void add_slabs_kernel(float* first, int first_cols, float* second, int cols,
+                                        const float* slabs, int count) {
+    int col = blockIdx.x * WARP + threadIdx.x;
+    float sum[1] = {0};
+    for (int s = threadIdx.y; s < count && col < cols; s += SUM_LINES)
+        sum[0] += slabs[(size_t)s * cols + col];
+    sum_lines(sum);
+    if (threadIdx.y || col >= cols) return;
+    if (col < first_cols) first[col] += sum[0];
+    else second[col - first_cols] += sum[0];
+}
+// first (first_cols), then second (second_cols) += the sum over slabs (count, first_cols + second_cols)
+static void add_slabs_gpu(float* first, int first_cols, float* second, int second_cols, const float* slabs,
+                          int count, cudaStream_t stream) {
+    int cols = first_cols + second_cols;
+    dim3 threads(WARP, SUM_LINES);
+    add_slabs_kernel<<<ceil_div(cols, WARP), threads, 0, stream>>>(first, first_cols, second, cols, slabs,
+                                                                   count);
+    LAUNCHED();
+}
+
+template <int N, class T>
+static __global__ void sum_columns_kernel(float* slabs, const T* terms, int rows, int cols) {
+    int col = (blockIdx.y * WARP + threadIdx.x) * N, first = blockIdx.x * SUM_ROWS;
+    int last = min(first + SUM_ROWS, rows);
+    float sums[N] = {}, x[N];
+    for (int row = first + threadIdx.y; row < last && col < cols; row += SUM_LINES) {
+        load_several(x, terms + (size_t)row * cols + col);
+#pragma unroll
+        for (int i = 0; i < N; i++) sums[i] += x[i];
+    }
+    sum_lines(sums);
+    if (threadIdx.y == 0 && col < cols) store_several(slabs + (size_t)blockIdx.x * cols + col, sums);
+}
+// first (first_cols), then second (second_cols) += the column sums of terms (rows, first_cols + second_cols).
+// slabs: sum_scratch(rows, columns)
+template <class T>
+static void sum_columns_gpu(float* first, int first_cols, float* second, int second_cols, float* slabs,
+                            const T* terms, int rows, cudaStream_t stream) {
+    int cols = first_cols + second_cols, N = several_of(cols, {terms, slabs});
+    dim3 blocks(ceil_div(rows, SUM_ROWS), ceil_div(cols, WARP * N)), threads(WARP, SUM_LINES);
+    LAUNCH_SEVERAL(N, sum_columns_kernel, blocks, threads, stream, slabs, terms, rows, cols);
+    add_slabs_gpu(first, first_cols, second, second_cols, slabs, blocks.x, stream);
+}
+// Floats of scratch for the sums of so many columns
+static size_t sum_scratch(int rows, int cols) { return (size_t)ceil_div(rows, SUM_ROWS) * (size_t)cols; }
+
+// ------------------------------------------------------------------------------------------------
+// tanh approximation of GELU: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
+
+__device__ __forceinline__ float gelu_tanh(float x) {
+    return tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x));
+}
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1 + gelu_tanh(x)); }
+__device__ __forceinline__ float gelu_slope(float x) {
+    float t = gelu_tanh(x), ds = 0.7978845608028654f * (1 + 0.134145f * x * x);
+    return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * ds;
+}
+
+template <int N> static __global__ void gelu_forward_kernel(floatX* out, const floatX* in, size_t count) {
+    size_t at = ((size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x) * N;
+    float x[N];
+    if (at >= count) return;
+    load_several(x, in + at);
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = gelu(x[i]);
+    store_several(out + at, x);
+}
+// out (count) = gelu(in)
+static void gelu_forward_gpu(floatX* out, const floatX* in, size_t count, cudaStream_t stream) {
+    int N = several_of(count, {out, in}), blocks = ceil_div(count, (size_t)N * ELEMENT_THREADS);
+    LAUNCH_SEVERAL(N, gelu_forward_kernel, blocks, ELEMENT_THREADS, stream, out, in, count);
+}
+
+template <int N> static __global__ void gelu_backward_kernel(floatX* d, const floatX* in, size_t count) {
+    size_t at = ((size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x) * N;
+    float x[N], dx[N];
+    if (at >= count) return;
+    load_several(x, in + at);
+    load_several(dx, d + at);
+#pragma unroll
+    for (int i = 0; i < N; i++) dx[i] *= gelu_slope(x[i]);
+    store_several(d + at, dx);
+}
+// d (count) holds the gradient of the output and gets that of the input
+static void gelu_backward_gpu(floatX* d, const floatX* in, size_t count, cudaStream_t stream) {
+    int N = several_of(count, {d, in}), blocks = ceil_div(count, (size_t)N * ELEMENT_THREADS);
+    LAUNCH_SEVERAL(N, gelu_backward_kernel, blocks, ELEMENT_THREADS, stream, d, in, count);
+}
+
+static __global__ void add_bias_kernel(floatX* out, const floatX* bias, size_t count, int cols) {
+    size_t at = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
+    if (at < count) out[at] = from_float<floatX>(to_float(out[at]) + to_float(bias[at % cols]));
+}
+// out (rows, cols) += bias (cols)
+static void add_bias_gpu(floatX* out, const floatX* bias, int rows, int cols, cudaStream_t stream) {
+    size_t count = (size_t)rows * (size_t)cols;
+    add_bias_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(out, bias, count, cols);
+    LAUNCHED();
+}
+
+// ------------------------------------------------------------------------------------------------
+// Matrix products, by cuBLASLt. What it must be told of one, and the algorithm that it proposes, are kept in
+// a table: a step asks for the same few dozen products again and again. cuBLAS has matrices by columns, so
+// what is (rows, cols) here is (cols, rows) there.
+
+typedef struct {                // D (m, n) = op(A) op(B), by columns. Only ints: compared as bytes
+    int m, n, k, transpose_a, transpose_b;
+    int adds;                   // D is fp32 and gets +=; else it is floatX and gets =
+    int epilogue;               // cublasLtEpilogue_t
+    int alignment[5];           // bytes, at most 16: of A, B, D, bias, aux
+} ProductKey;
+
+typedef struct {
+    ProductKey key;
+    bool exists;                // not every epilogue does for every shape
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulAlgo_t algorithm;
+} Product;
+
+typedef struct Lt {
+    cublasLtHandle_t handle;
+    void* workspace;            // of every product: they follow each other in one stream
+    size_t workspace_bytes;
+    bool fuses_gelu;        // GELU and its gradient in the product, where cuBLASLt can
+    Product* products;
+    int count, room;
+} Lt;
+
+static void cublas_check(cublasStatus_t status, const char* call, int line) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
     fprintf(stderr, "train_gpt_mhc.cu:%d: %s: cuBLASLt status %d\n", line, call, (int)status);
     exit(EXIT_FAILURE);
 }
-#define LT(call) lt_check(call, #call, __LINE__)
+#define CUBLAS(call) cublas_check(call, #call, __LINE__)
 
-// D (m, n) = A (m, k) B (k, n), matrices by columns: a matrix of ours, by rows, is one of theirs transposed.
-typedef struct {
-    int m, n, k, lda, ldb, ldd;
-    int transpose_a;            // A and B as they lie in memory are (k, m) and (n, k) where transposed
-    int transpose_b;
-    int fp32, accumulate;       // D is float, not floatX; D +=
-    int epilogue;               // cublasLtEpilogue_t
-    int alignment;              // of all pointers, bytes, at most 16
-} Product;
-
-typedef struct {
-    Product product;
-    cublasLtMatmulDesc_t operation;
-    cublasLtMatrixLayout_t a, b, d;
-    cublasLtMatmulAlgo_t algorithm;
-} Plan;
-
-typedef struct {
-    cublasLtHandle_t handle;
-    void* workspace;
-    size_t workspace_bytes;
-    bool fuses_gelu;            // GELU in epilogues: it pays from Hopper on, where products leave time for it
-    Plan* plans;
-    int count, room;
-} Lt;
-
+// In fp32 GELU is ours: how exact the library's tanh is it does not say. In bf16 it goes into the product
+// from Hopper on, whose products leave time for it.
 static void lt_open(Lt* lt, void* workspace, size_t bytes) {
     int major = 0;
     memset(lt, 0, sizeof *lt);
     CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
     lt->workspace = workspace;
     lt->workspace_bytes = bytes;
-    lt->fuses_gelu = major >= 9;
-    LT(cublasLtCreate(&lt->handle));
+    lt->fuses_gelu = sizeof(floatX) == 2 && major >= 9;
+    CUBLAS(cublasLtCreate(&lt->handle));
+}
+
+static void product_close(Product* p) {
+    CUBLAS(cublasLtMatmulDescDestroy(p->operation));
+    for (cublasLtMatrixLayout_t layout : {p->a, p->b, p->d}) CUBLAS(cublasLtMatrixLayoutDestroy(layout));
 }
 
 static void lt_close(Lt* lt) {
-    for (int i = 0; i < lt->count; i++) {
-        LT(cublasLtMatmulDescDestroy(lt->plans[i].operation));
-        LT(cublasLtMatrixLayoutDestroy(lt->plans[i].a));
-        LT(cublasLtMatrixLayoutDestroy(lt->plans[i].b));
-        LT(cublasLtMatrixLayoutDestroy(lt->plans[i].d));
-    }
-    free(lt->plans);
-    LT(cublasLtDestroy(lt->handle));
+    for (int i = 0; i < lt->count; i++) product_close(&lt->products[i]);
+    free(lt->products);
+    CUBLAS(cublasLtDestroy(lt->handle));
 }
 
-static void set_attribute(Plan* plan, cublasLtMatmulDescAttributes_t attribute, const void* value, size_t size) {
-    LT(cublasLtMatmulDescSetAttribute(plan->operation, attribute, value, size));
+// What a product works on; bias and aux only for the epilogues that have them. aux is as large as D: with
+// GELU it gets what GELU is applied to, with its gradient it holds that.
+typedef struct { const void *A, *B; void* D; const void* bias; const void* aux; } Operands;
+
+static int alignment_of(const void* p) {
+    int bytes = 16;             // the widest access that there is; NULL has it too
+    while ((uintptr_t)p % bytes) bytes /= 2;
+    return bytes;
 }
 
-static const cudaDataType_t LT_FLOATX = sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F;
-
-static void describe_product(Plan* plan, const Product* p) {
-    cublasOperation_t a = p->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, b = p->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)p->epilogue;
-    LT(cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    set_attribute(plan, CUBLASLT_MATMUL_DESC_TRANSA, &a, sizeof a);
-    set_attribute(plan, CUBLASLT_MATMUL_DESC_TRANSB, &b, sizeof b);
-    set_attribute(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
-    LT(cublasLtMatrixLayoutCreate(&plan->a, LT_FLOATX, p->transpose_a ? p->k : p->m, p->transpose_a ? p->m : p->k, p->lda));
-    LT(cublasLtMatrixLayoutCreate(&plan->b, LT_FLOATX, p->transpose_b ? p->n : p->k, p->transpose_b ? p->k : p->n, p->ldb));
-    LT(cublasLtMatrixLayoutCreate(&plan->d, p->fp32 ? CUDA_R_32F : LT_FLOATX, p->m, p->n, p->ldd));
+static void set_operation(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttributes_t attribute,
+                          const void* value, size_t size) {
+    CUBLAS(cublasLtMatmulDescSetAttribute(operation, attribute, value, size));
 }
 
-static void choose_algorithm(const Lt* lt, Plan* plan) {
+static void set_pointers(const Product* p, const Operands* o) {
+    if (o->bias) set_operation(p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &o->bias, sizeof o->bias);
+    if (o->aux)
+        set_operation(p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &o->aux, sizeof o->aux);
+}
+
+static void describe_product(Product* p, const Operands* o) {
+    const ProductKey* k = &p->key;
+    cublasOperation_t a = k->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N,
+                      b = k->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)k->epilogue;
+    cudaDataType_t type = sizeof(floatX) == 2 ? CUDA_R_16BF : CUDA_R_32F;
+    int64_t aux_stride = k->m;
+    CUBLAS(cublasLtMatmulDescCreate(&p->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));    // never TF32
+    set_operation(p->operation, CUBLASLT_MATMUL_DESC_TRANSA, &a, sizeof a);
+    set_operation(p->operation, CUBLASLT_MATMUL_DESC_TRANSB, &b, sizeof b);
+    set_operation(p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    if (o->aux)
+        set_operation(p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_stride, sizeof aux_stride);
+    set_pointers(p, o);
+    int a_rows = k->transpose_a ? k->k : k->m, a_cols = k->transpose_a ? k->m : k->k;
+    int b_rows = k->transpose_b ? k->n : k->k, b_cols = k->transpose_b ? k->k : k->n;
+    CUBLAS(cublasLtMatrixLayoutCreate(&p->a, type, a_rows, a_cols, a_rows));
+    CUBLAS(cublasLtMatrixLayoutCreate(&p->b, type, b_rows, b_cols, b_rows));
+    CUBLAS(cublasLtMatrixLayoutCreate(&p->d, k->adds ? CUDA_R_32F : type, k->m, k->n, k->m));
+}
+
+// The algorithm that cuBLASLt thinks fastest, if it has one
+static void choose_algorithm(const Lt* lt, Product* p) {
     static const cublasLtMatmulPreferenceAttributes_t alignments[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-    const Product* p = &plan->product;
-    uint32_t alignment = (uint32_t)p->alignment;
     cublasLtMatmulPreference_t preference;
-    cublasLtMatmulHeuristicResult_t found;
-    int count = 0;
-    LT(cublasLtMatmulPreferenceCreate(&preference));
-    LT(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &lt->workspace_bytes,
-                                            sizeof lt->workspace_bytes));
-    for (cublasLtMatmulPreferenceAttributes_t attribute : alignments)
-        LT(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &alignment, sizeof alignment));
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt->handle, plan->operation, plan->a, plan->b, plan->d, plan->d,
-                                                           preference, 1, &found, &count);
-    LT(cublasLtMatmulPreferenceDestroy(preference));
-    if (status != CUBLAS_STATUS_SUCCESS || count == 0)
-        die("cuBLASLt: found no algorithm for a product of %d x %d x %d, epilogue %d (status %d), expected one", p->m, p->n,
-            p->k, p->epilogue, (int)status);
-    plan->algorithm = found.algo;
+    cublasLtMatmulHeuristicResult_t best;
+    int found = 0;
+    CUBLAS(cublasLtMatmulPreferenceCreate(&preference));
+    CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                &lt->workspace_bytes, sizeof lt->workspace_bytes));
+    for (int i = 0; i < 4; i++) {
+        uint32_t bytes = (uint32_t)p->key.alignment[i < 2 ? i : 2];    // C is D
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(preference, alignments[i], &bytes, sizeof bytes));
+    }
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt->handle, p->operation, p->a, p->b, p->d, p->d,
+                                                           preference, 1, &best, &found);
+    CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
+    p->exists = status == CUBLAS_STATUS_SUCCESS && found > 0;
+    if (p->exists) p->algorithm = best.algo;
+    else if (p->key.epilogue == CUBLASLT_EPILOGUE_DEFAULT)
+        die("cuBLASLt: found no algorithm (status %d) for a product (%d, %d)%s with (%d, %d)%s at addresses "
+            "aligned to %d, %d and %d bytes, expected one, try another --width or --batch",
+            (int)status, p->key.m, p->key.k, p->key.transpose_a ? " transposed" : "", p->key.k, p->key.n,
+            p->key.transpose_b ? " transposed" : "", p->key.alignment[0], p->key.alignment[1],
+            p->key.alignment[2]);
 }
 
-typedef struct { const void *bias, *aux; int aux_ld; } Epilogue;
-
-static Plan* plan_of(Lt* lt, const Product* p, const Epilogue* e) {
+static Product* find_product(Lt* lt, const ProductKey* key, const Operands* o) {
     for (int i = 0; i < lt->count; i++)
-        if (!memcmp(&lt->plans[i].product, p, sizeof *p)) return &lt->plans[i];
+        if (!memcmp(&lt->products[i].key, key, sizeof *key)) return &lt->products[i];
     if (lt->count == lt->room) {
         lt->room = lt->room ? 2 * lt->room : 64;
-        lt->plans = (Plan*)realloc(lt->plans, (size_t)lt->room * sizeof(Plan));
-        if (!lt->plans) die("out of memory: %d products are known", lt->count);
+        lt->products = (Product*)realloc(lt->products, (size_t)lt->room * sizeof(Product));
+        if (!lt->products) die("out of memory: %d products asked for, reduce the model", lt->room);
     }
-    Plan* plan = &lt->plans[lt->count++];
-    plan->product = *p;
-    describe_product(plan, p);
-    int64_t aux_ld = e->aux_ld;
-    if (e->bias) set_attribute(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &e->bias, sizeof e->bias);
-    if (e->aux) set_attribute(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &e->aux, sizeof e->aux);
-    if (e->aux) set_attribute(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld);
-    choose_algorithm(lt, plan);
-    return plan;
+    Product* p = &lt->products[lt->count++];
+    memset(p, 0, sizeof *p);
+    p->key = *key;
+    describe_product(p, o);
+    choose_algorithm(lt, p);
+    return p;
 }
 
-static int alignment_of(const void* p) {
-    int alignment = 16;
-    while ((uintptr_t)p % alignment) alignment /= 2;
-    return alignment;
+// cuBLASLt's rules for what an epilogue reads and writes: bias and aux aligned, rows of aux (m numbers) too
+static bool epilogue_can_be(const ProductKey* key, const Operands* o) {
+    return key->epilogue == CUBLASLT_EPILOGUE_DEFAULT ||
+           (key->alignment[3] == 16 && key->alignment[4] == 16 && (!o->aux || key->m % 8 == 0));
 }
 
-static void multiply(Lt* lt, Product p, Epilogue e, void* d, const void* a, const void* b, cudaStream_t stream) {
-    const void* pointers[] = {d, a, b, e.bias, e.aux};
-    const float one = 1, beta = p.accumulate ? 1 : 0;
-    p.alignment = 16;
-    for (const void* pointer : pointers) p.alignment = min_int(p.alignment, alignment_of(pointer));
-    Plan* plan = plan_of(lt, &p, &e);
-    if (e.bias) set_attribute(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &e.bias, sizeof e.bias);
-    if (e.aux) set_attribute(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &e.aux, sizeof e.aux);
-    LT(cublasLtMatmul(lt->handle, plan->operation, &one, a, plan->a, b, plan->b, &beta, d, plan->d, d, plan->d,
-                      &plan->algorithm, lt->workspace, lt->workspace_bytes, stream));
+// False if there is no such epilogue; then nothing is done.
+static bool product_gpu(Lt* lt, ProductKey key, Operands o, cudaStream_t stream) {
+    const void* addresses[] = {o.A, o.B, o.D, o.bias, o.aux};
+    assert(key.m > 0 && key.n > 0 && key.k > 0);
+    for (int i = 0; i < 5; i++) key.alignment[i] = alignment_of(addresses[i]);
+    if (!epilogue_can_be(&key, &o)) return false;
+    const Product* p = find_product(lt, &key, &o);
+    const float one = 1, beta = key.adds ? 1 : 0;
+    if (!p->exists) return false;
+    set_pointers(p, &o);
+    CUBLAS(cublasLtMatmul(lt->handle, p->operation, &one, o.A, p->a, o.B, p->b, &beta, o.D, p->d, o.D, p->d,
+                          &p->algorithm, lt->workspace, lt->workspace_bytes, stream));
+    return true;
 }
 
-// --- a layer's three products, weight (OC, IC)
+// ------------------------------------------------------------------------------------------------
+// Linear layers. Gradients of inputs are written (=), gradients of parameters added (+=).
+// Where the library has no epilogue, a kernel of ours follows the product, which is rounded in between.
 
-// tanh approximation of GELU, and its derivative
-__device__ __forceinline__ float gelu(float x) {
-    return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-}
-__device__ __forceinline__ float gelu_slope(float x) {
-    float t = tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x));
-    return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * 0.7978845608028654f * (1 + 0.134145f * x * x);
-}
-
-enum { ELEMENT_THREADS = 256 };         // where a thread has a number
-
-static __global__ void gelu_forward_kernel(floatX* out, const floatX* in, size_t count) {
-    size_t i = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
-    if (i < count) out[i] = from_float<floatX>(gelu(to_float(in[i])));
-}
-static void gelu_forward_gpu(floatX* out, const floatX* in, size_t count, cudaStream_t stream) {
-    gelu_forward_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(out, in, count);
-    LAUNCHED();
-}
-
-// d (count) holds the gradient of the output and gets that of the input
-static __global__ void gelu_backward_kernel(floatX* d, const floatX* in, size_t count) {
-    size_t i = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
-    if (i < count) d[i] = from_float<floatX>(to_float(d[i]) * gelu_slope(to_float(in[i])));
-}
-static void gelu_backward_gpu(floatX* d, const floatX* in, size_t count, cudaStream_t stream) {
-    gelu_backward_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(d, in, count);
-    LAUNCHED();
+// out (rows, OC) = in (rows, IC) weight^T + bias, weight (OC, IC), bias (OC) or NULL. With gelu (rows, OC)
+// also gelu = gelu(out)
+static void linear_forward_gpu(Lt* lt, floatX* out, floatX* gelu, const floatX* in, const floatX* weight,
+                               const floatX* bias, int rows, int IC, int OC, cudaStream_t stream) {
+    ProductKey key = {OC, rows, IC, true, false, false, CUBLASLT_EPILOGUE_DEFAULT, {}};
+    if (gelu) {
+        key.epilogue = bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+        if (lt->fuses_gelu && product_gpu(lt, key, {weight, in, gelu, bias, out}, stream)) return;
+        linear_forward_gpu(lt, out, NULL, in, weight, bias, rows, IC, OC, stream);
+        gelu_forward_gpu(gelu, out, (size_t)rows * (size_t)OC, stream);
+        return;
+    }
+    key.epilogue = CUBLASLT_EPILOGUE_BIAS;
+    if (bias && product_gpu(lt, key, {weight, in, out, bias, NULL}, stream)) return;
+    key.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    product_gpu(lt, key, {weight, in, out, NULL, NULL}, stream);
+    if (bias) add_bias_gpu(out, bias, rows, OC, stream);
 }
 
-// out (rows, OC) = in (rows, IC) weight^T + bias (OC), which may be NULL. With gelu (rows, OC), that gets GELU of out.
-static void linear_forward_gpu(Lt* lt, floatX* out, floatX* gelu, const floatX* in, const floatX* weight, const floatX* bias,
-                               int rows, int IC, int OC, cudaStream_t stream) {
-    bool fused = gelu && lt->fuses_gelu && OC % 8 == 0;         // cuBLASLt wants rows of aux to be whole vectors
-    Product p = {OC, rows, IC, IC, IC, OC, true, false, false, false, bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT, 0};
-    Epilogue e = {bias, fused ? out : NULL, OC};
-    if (fused) p.epilogue = bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
-    multiply(lt, p, e, fused ? gelu : out, weight, in, stream);
-    if (gelu && !fused) gelu_forward_gpu(gelu, out, (size_t)rows * (size_t)OC, stream);
-}
-
-// din (rows, IC) = dout (rows, OC) weight; with before (rows, IC), the input of a GELU, it is that one's gradient
-static void linear_backward_input_gpu(Lt* lt, floatX* din, const floatX* dout, const floatX* weight, const floatX* before,
-                                      int rows, int IC, int OC, cudaStream_t stream) {
-    bool fused = before && lt->fuses_gelu && IC % 8 == 0;
-    Product p = {IC, rows, OC, IC, OC, IC, false, false, false, false,
-                 fused ? CUBLASLT_EPILOGUE_DGELU : CUBLASLT_EPILOGUE_DEFAULT, 0};
-    Epilogue e = {NULL, fused ? before : NULL, IC};
-    multiply(lt, p, e, din, weight, dout, stream);
-    if (before && !fused) gelu_backward_gpu(din, before, (size_t)rows * (size_t)IC, stream);
+// din (rows, IC) = dout (rows, OC) weight; with before_gelu (rows, IC), the input is gelu(before_gelu), and
+// din the gradient of before_gelu
+static void linear_backward_input_gpu(Lt* lt, floatX* din, const floatX* dout, const floatX* weight,
+                                      const floatX* before_gelu, int rows, int IC, int OC,
+                                      cudaStream_t stream) {
+    ProductKey key = {IC, rows, OC, false, false, false, CUBLASLT_EPILOGUE_DGELU, {}};
+    if (before_gelu && lt->fuses_gelu &&
+        product_gpu(lt, key, {weight, dout, din, NULL, before_gelu}, stream))
+        return;
+    key.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    product_gpu(lt, key, {weight, dout, din, NULL, NULL}, stream);
+    if (before_gelu) gelu_backward_gpu(din, before_gelu, (size_t)rows * (size_t)IC, stream);
 }
 
 // dweight (OC, IC) += dout^T in, in fp32
-static void weight_gradient_gpu(Lt* lt, float* dweight, const floatX* dout, const floatX* in, int rows, int IC, int OC,
-                                cudaStream_t stream) {
-    Product p = {IC, OC, rows, IC, OC, IC, false, true, true, true, CUBLASLT_EPILOGUE_DEFAULT, 0};
-    multiply(lt, p, {NULL, NULL, 0}, dweight, in, dout, stream);
-}
-// ------------------------------------------------------------------------------------------------
-// Sums over all rows, in two phases: blocks sum slabs of rows, which the sizes alone determine; then add_slabs adds their sums,
-// always in the same order.
-
-enum {
-    SUM_LINES = 8,              // blocks of (WARP, SUM_LINES) threads, lanes along columns,
-    SUM_ROWS = 64,              // and SUM_ROWS rows a block
-    ROW_THREADS = 128           // where a warp has a row
-};
-static_assert(ROW_THREADS % WARP == 0 && ELEMENT_THREADS % WARP == 0, "blocks are whole warps");
-
-// The sum over the lines of a block of (WARP, SUM_LINES) threads, in line 0
-__device__ __forceinline__ float sum_lines(float x) {
-    __shared__ float lines[SUM_LINES][WARP];
-    lines[threadIdx.y][threadIdx.x] = x;
-    __syncthreads();
-    if (threadIdx.y == 0)
-        for (int l = 1; l < SUM_LINES; l++) x += lines[l][threadIdx.x];
-    __syncthreads();                                            // lines may be written again
-    return x;
+static void weight_gradient_gpu(Lt* lt, float* dweight, const floatX* dout, const floatX* in, int rows,
+                                int IC, int OC, cudaStream_t stream) {
+    ProductKey key = {IC, OC, rows, false, true, true, CUBLASLT_EPILOGUE_DEFAULT, {}};
+    product_gpu(lt, key, {in, dout, dweight, NULL, NULL}, stream);
 }
 
-static __global__ void add_slabs_kernel(float* first, int first_cols, float* second, int cols, const float* slabs, int count) {
-    int col = blockIdx.x * WARP + threadIdx.x;
-    float sum = 0;
-    for (int s = threadIdx.y; s < count && col < cols; s += SUM_LINES) sum += slabs[(size_t)s * cols + col];
-    sum = sum_lines(sum);
-    if (threadIdx.y || col >= cols) return;
-    float* out = col < first_cols ? first + col : second + (col - first_cols);
-    *out += sum;
-}
-// first (first_cols), then second (second_cols) += the sum over count slabs (first_cols + second_cols)
-static void add_slabs_gpu(float* first, int first_cols, float* second, int second_cols, const float* slabs, int count,
-                          cudaStream_t stream) {
-    int cols = first_cols + second_cols;
-    dim3 threads(WARP, SUM_LINES);
-    add_slabs_kernel<<<ceil_div(cols, WARP), threads, 0, stream>>>(first, first_cols, second, cols, slabs, count);
-    LAUNCHED();
-}
-
-template <class T> static __global__ void sum_columns_kernel(float* slabs, const T* terms, int rows, int cols) {
-    int col = blockIdx.y * WARP + threadIdx.x, row = blockIdx.x * SUM_ROWS, last = min(row + SUM_ROWS, rows);
-    float sum = 0;
-    for (row += threadIdx.y; row < last && col < cols; row += SUM_LINES) sum += to_float(terms[(size_t)row * cols + col]);
-    sum = sum_lines(sum);
-    if (threadIdx.y == 0 && col < cols) slabs[(size_t)blockIdx.x * cols + col] = sum;
-}
-// first, second += the column sums of terms (rows, first_cols + second_cols); slabs: sum_scratch(rows, cols) floats
-template <class T>
-static void sum_columns_gpu(float* first, int first_cols, float* second, int second_cols, float* slabs, const T* terms, int rows,
-                            cudaStream_t stream) {
-    int count = ceil_div(rows, SUM_ROWS), cols = first_cols + second_cols;
-    dim3 blocks(count, ceil_div(cols, WARP)), threads(WARP, SUM_LINES);
-    sum_columns_kernel<<<blocks, threads, 0, stream>>>(slabs, terms, rows, cols);
-    LAUNCHED();
-    add_slabs_gpu(first, first_cols, second, second_cols, slabs, count, stream);
-}
-static size_t sum_scratch(int rows, int cols) { return (size_t)ceil_div(rows, SUM_ROWS) * (size_t)cols; }
-
-// dweight (OC, IC) += dout (rows, OC)^T in (rows, IC), dbias (OC) += the column sums of dout
-static void linear_backward_weight_gpu(Lt* lt, float* dweight, float* dbias, const floatX* dout, const floatX* in, int rows,
-                                       int IC, int OC, float* slabs, cudaStream_t stream) {
+// dweight (OC, IC), dbias (OC) += from dout (rows, OC), in (rows, IC). slabs: sum_scratch(rows, OC)
+static void linear_backward_weight_gpu(Lt* lt, float* dweight, float* dbias, const floatX* dout,
+                                       const floatX* in, int rows, int IC, int OC, float* slabs,
+                                       cudaStream_t stream) {
     weight_gradient_gpu(lt, dweight, dout, in, rows, IC, OC, stream);
     sum_columns_gpu(dbias, OC, (float*)NULL, 0, slabs, dout, rows, stream);
 }
 
 // ------------------------------------------------------------------------------------------------
-// LayerNorm, a warp a row
+// Both ends and the norm: embedding, LayerNorm, the mean over the streams, cross-entropy. Where channels are
+// walked a warp has a row, each lane N channels at a time.
 
-// The row of this warp
-__device__ __forceinline__ int row_of_warp() { return blockIdx.x * (ROW_THREADS / WARP) + threadIdx.x / WARP; }
-static int row_blocks(int rows) { return ceil_div(rows, ROW_THREADS / WARP); }
+enum {
+    ROW_THREADS = 128,          // of a block whose warps have a row each
+    ROWS_A_BLOCK = ROW_THREADS / WARP,
+    CHANNEL_THREADS = 128,      // a block has a row, its threads N channels each
+    CLASSIFIER_THREADS = 256,   // a block has a row of logits
+};
+static_assert(ROW_THREADS % WARP == 0 && CHANNEL_THREADS % WARP == 0 && CLASSIFIER_THREADS % WARP == 0,
+              "blocks have whole warps");
 
-static __global__ void layernorm_forward_kernel(floatX* out, float* stats, const floatX* u, const floatX* weight,
-                                                const floatX* bias, int rows, int C) {
-    int row = row_of_warp(), lane = threadIdx.x % WARP;
-    if (row >= rows) return;
-    u += (size_t)row * C;
-    out += (size_t)row * C;
-    float mean = 0, variance = 0;
-    for (int c = lane; c < C; c += WARP) mean += to_float(u[c]);
-    mean = warp_sum(mean) / C;
-    for (int c = lane; c < C; c += WARP) variance += (to_float(u[c]) - mean) * (to_float(u[c]) - mean);
-    float rstd = 1 / sqrtf(warp_sum(variance) / C + 1e-5f);
-    for (int c = lane; c < C; c += WARP)
-        out[c] = from_float<floatX>((to_float(u[c]) - mean) * rstd * to_float(weight[c]) + to_float(bias[c]));
-    if (lane) return;
-    stats[row * (size_t)2] = mean;
-    stats[row * (size_t)2 + 1] = rstd;
-}
-// out (rows, C), stats (rows, 2) = {mean, rstd} from u (rows, C)
-static void layernorm_forward_gpu(floatX* out, float* stats, const floatX* u, const floatX* weight, const floatX* bias, int rows,
-                                  int C, cudaStream_t stream) {
-    layernorm_forward_kernel<<<row_blocks(rows), ROW_THREADS, 0, stream>>>(out, stats, u, weight, bias, rows, C);
-    LAUNCHED();
-}
+// --- embedding
 
-static __global__ void layernorm_backward_kernel(floatX* du, const floatX* dout, const float* stats, const floatX* u,
-                                                 const floatX* weight, bool add, int copies, int rows, int C) {
-    int row = row_of_warp(), lane = threadIdx.x % WARP;
-    if (row >= rows) return;
-    float mean = stats[row * (size_t)2], rstd = stats[row * (size_t)2 + 1], sum = 0, along = 0;
-    u += (size_t)row * C;
-    dout += (size_t)row * C;
-    du += (size_t)row * copies * C;
-    for (int c = lane; c < C; c += WARP) {
-        float d = to_float(weight[c]) * to_float(dout[c]);
-        sum += d;
-        along += d * (to_float(u[c]) - mean) * rstd;
-    }
-    sum = warp_sum(sum) / C;
-    along = warp_sum(along) / C;
-    for (int c = lane; c < C; c += WARP) {
-        float d = to_float(weight[c]) * to_float(dout[c]), xhat = (to_float(u[c]) - mean) * rstd;
-        float gradient = (d - sum - xhat * along) * rstd / copies;
-        for (int i = 0; i < copies; i++)
-            du[i * C + c] = from_float<floatX>(gradient + (add ? to_float(du[i * C + c]) : 0));
-    }
-}
-
-static __global__ void sum_layernorm_kernel(float* slabs, const floatX* dout, const floatX* u, const float* stats, int rows,
-                                            int C) {
-    int ch = blockIdx.y * WARP + threadIdx.x, first = blockIdx.x * SUM_ROWS;
-    size_t row = first + threadIdx.y, last = min(first + SUM_ROWS, rows);
-    float dweight = 0, dbias = 0;
-    for (; row < last && ch < C; row += SUM_LINES) {
-        float d = to_float(dout[row * C + ch]);
-        dweight += d * (to_float(u[row * C + ch]) - stats[row * 2]) * stats[row * 2 + 1];
-        dbias += d;
-    }
-    dweight = sum_lines(dweight);
-    dbias = sum_lines(dbias);
-    if (threadIdx.y || ch >= C) return;
-    slabs += (size_t)blockIdx.x * 2 * C;
-    slabs[ch] = dweight;
-    slabs[C + ch] = dbias;
-}
-// dweight, dbias (C) of LayerNorm += from dout (rows, C); slabs: sum_scratch(rows, 2C) floats
-static void sum_layernorm_gpu(float* dweight, float* dbias, float* slabs, const floatX* dout, const floatX* u,
-                              const float* stats, int rows, int C, cudaStream_t stream) {
-    int count = ceil_div(rows, SUM_ROWS);
-    dim3 blocks(count, ceil_div(C, WARP)), threads(WARP, SUM_LINES);
-    sum_layernorm_kernel<<<blocks, threads, 0, stream>>>(slabs, dout, u, stats, rows, C);
-    LAUNCHED();
-    add_slabs_gpu(dweight, C, dbias, C, slabs, count, stream);
-}
-
-// du (rows, C) += the gradient of u; dweight, dbias (C) +=. The residual path is in du already: one rounding.
-static void layernorm_backward_gpu(floatX* du, float* dweight, float* dbias, const floatX* dout, const float* stats,
-                                   const floatX* u, const floatX* weight, float* slabs, int rows, int C, cudaStream_t stream) {
-    layernorm_backward_kernel<<<row_blocks(rows), ROW_THREADS, 0, stream>>>(du, dout, stats, u, weight, true, 1, rows, C);
-    LAUNCHED();
-    sum_layernorm_gpu(dweight, dbias, slabs, dout, u, stats, rows, C, stream);
-}
-
-// y = x + f, or f where x is NULL
-static __global__ void add_kernel(floatX* y, const floatX* x, const floatX* f, size_t count) {
-    size_t i = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
-    if (i < count) y[i] = x ? from_float<floatX>(to_float(x[i]) + to_float(f[i])) : f[i];
-}
-static void add_gpu(floatX* y, const floatX* x, const floatX* f, size_t count, cudaStream_t stream) {
-    add_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(y, x, f, count);
-    LAUNCHED();
-}
-
-// ------------------------------------------------------------------------------------------------
-// Both ends: embedding, mean over the streams, cross-entropy
-
-static __global__ void embedding_forward_kernel(floatX* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int T,
-                                                int n, int C) {
+template <int N>
+static __global__ void embedding_forward_kernel(floatX* x, const int32_t* tokens, const floatX* wte,
+                                                const floatX* wpe, int T, int n, int C) {
     size_t row = blockIdx.x;
-    const floatX *token = wte + (size_t)tokens[row] * C, *position = wpe + row % T * C;
-    for (int c = threadIdx.x; c < C; c += ROW_THREADS) {
-        floatX sum = from_float<floatX>(to_float(token[c]) + to_float(position[c]));
-        for (int i = 0; i < n; i++) x[(row * n + i) * C + c] = sum;
+    float token[N], position[N];
+    wte += (size_t)tokens[row] * C, wpe += row % T * C, x += row * n * C;
+    for (int ch = threadIdx.x * N; ch < C; ch += CHANNEL_THREADS * N) {
+        load_several(token, wte + ch);
+        load_several(position, wpe + ch);
+#pragma unroll
+        for (int i = 0; i < N; i++) token[i] += position[i];
+        for (int stream = 0; stream < n; stream++) store_several(x + stream * C + ch, token);
     }
 }
-// x (rows, n, C): n copies of wte[token] + wpe[position]
-static void embedding_forward_gpu(floatX* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int rows, int T, int n,
-                                  int C, cudaStream_t stream) {
-    embedding_forward_kernel<<<rows, ROW_THREADS, 0, stream>>>(x, tokens, wte, wpe, T, n, C);
-    LAUNCHED();
+// x (rows, n, C): n copies of wte[token] + wpe[position], positions 0 .. T again and again
+static void embedding_forward_gpu(floatX* x, const int32_t* tokens, const floatX* wte, const floatX* wpe,
+                                  int rows, int T, int n, int C, cudaStream_t stream) {
+    int N = several_of(C, {x, wte, wpe});
+    LAUNCH_SEVERAL(N, embedding_forward_kernel, rows, CHANNEL_THREADS, stream, x, tokens, wte, wpe, T, n, C);
 }
 
-typedef struct {                // rows by token: those of group g are order[first[g]] .. order[first[g + 1] - 1]
-    int32_t *order, *first, *token;     // (rows), (count + 1), (count)
+// Rows by their token, each token's in their order: those of token[g] are order[r] with
+// first[g] <= r < first[g + 1].
+typedef struct {
+    int32_t *order, *first, *token;     // (rows), (rows + 1), (rows): at most as many groups as rows
     int count;
 } TokenGroups;
 
-// Groups the rows by their token, on the host; within a group they keep their order. Returns the number of groups.
-static int token_groups(int32_t* order, int32_t* first, int32_t* token, const int32_t* tokens, int rows, int V) {
-    int32_t* start = (int32_t*)allocate((size_t)V + 1, sizeof(int32_t));
+// A pass of a stable counting sort, by 12 bits of the token. from: rows in their order so far, or NULL.
+enum { DIGIT_BITS = 12, DIGITS = 1 << DIGIT_BITS };
+static void sort_by_digit(int32_t* to, const int32_t* from, const int32_t* tokens, int rows, int shift) {
+    int place[DIGITS + 1] = {0};
+    for (int r = 0; r < rows; r++) place[(tokens[r] >> shift & (DIGITS - 1)) + 1]++;
+    for (int d = 0; d < DIGITS; d++) place[d + 1] += place[d];
+    for (int r = 0; r < rows; r++) {
+        int32_t row = from ? from[r] : r;
+        to[place[tokens[row] >> shift & (DIGITS - 1)]++] = row;
+    }
+}
+
+// Fills order, first, token on the host from tokens (rows); returns the number of groups.
+static int token_groups(int32_t* order, int32_t* first, int32_t* token, const int32_t* tokens, int rows,
+                        int V) {
     int count = 0;
-    for (int r = 0; r < rows; r++) start[tokens[r] + 1]++;
-    for (int v = 0; v < V; v++) {
-        if (start[v + 1]) {
-            first[count] = start[v];
-            token[count++] = v;
-        }
-        start[v + 1] += start[v];
+    assert(V <= 1 << 2 * DIGIT_BITS);
+    sort_by_digit(token, NULL, tokens, rows, 0);
+    sort_by_digit(order, token, tokens, rows, DIGIT_BITS);
+    for (int r = 0; r < rows; r++) {
+        if (r > 0 && tokens[order[r]] == token[count - 1]) continue;
+        first[count] = r;
+        token[count++] = tokens[order[r]];
     }
     first[count] = rows;
-    for (int r = 0; r < rows; r++) order[start[tokens[r]]++] = r;
-    free(start);
     return count;
 }
 
-// The sum over the streams of row r, channel c
-__device__ __forceinline__ float stream_sum(const floatX* dx, size_t r, int c, int n, int C) {
-    float sum = 0;
-    for (int i = 0; i < n; i++) sum += to_float(dx[(r * n + i) * C + c]);
-    return sum;
+// A block has a group and some channels; its lines take the group's rows in turns.
+template <int N>
+static __global__ void token_gradients_kernel(float* dwte, const floatX* dx, const int32_t* order,
+                                              const int32_t* first, const int32_t* token, int n, int C) {
+    int ch = (blockIdx.y * WARP + threadIdx.x) * N, last = first[blockIdx.x + 1];
+    float sums[N] = {}, x[N];
+    for (int r = first[blockIdx.x] + threadIdx.y; r < last && ch < C; r += SUM_LINES) {
+        const floatX* d = dx + (size_t)order[r] * n * C + ch;
+        for (int stream = 0; stream < n; stream++) {
+            load_several(x, d + stream * C);
+#pragma unroll
+            for (int i = 0; i < N; i++) sums[i] += x[i];
+        }
+    }
+    sum_lines(sums);
+    if (threadIdx.y || ch >= C) return;
+    dwte += (size_t)token[blockIdx.x] * C + ch;
+#pragma unroll
+    for (int i = 0; i < N; i++) dwte[i] += sums[i];
 }
 
-static __global__ void embedding_tokens_kernel(float* dwte, const floatX* dx, const int32_t* order, const int32_t* first,
-                                               const int32_t* token, int n, int C) {
-    int g = blockIdx.x, c = blockIdx.y * WARP + threadIdx.x;
-    float sum = 0;
-    for (int r = first[g] + threadIdx.y; r < first[g + 1] && c < C; r += SUM_LINES)
-        sum += stream_sum(dx, order[r], c, n, C);
-    sum = sum_lines(sum);
-    if (threadIdx.y == 0 && c < C) dwte[(size_t)token[g] * C + c] += sum;
+template <int N>
+static __global__ void position_gradients_kernel(float* dwpe, const floatX* dx, int rows, int T, int n,
+                                                 int C) {
+    int ch = (blockIdx.y * CHANNEL_THREADS + threadIdx.x) * N;
+    float sums[N] = {}, x[N];
+    if (ch >= C) return;
+    for (int row = blockIdx.x; row < rows; row += T)
+        for (int stream = 0; stream < n; stream++) {
+            load_several(x, dx + ((size_t)row * n + stream) * C + ch);
+#pragma unroll
+            for (int i = 0; i < N; i++) sums[i] += x[i];
+        }
+    dwpe += (size_t)blockIdx.x * C + ch;
+#pragma unroll
+    for (int i = 0; i < N; i++) dwpe[i] += sums[i];
+}
+// dwte (V, C) +=, dwpe (T, C) += from dx (rows, n, C), rows a multiple of T
+static void embedding_backward_gpu(float* dwte, float* dwpe, const floatX* dx, const TokenGroups* groups,
+                                   int rows, int T, int n, int C, cudaStream_t stream) {
+    int N = several_of(C, {dx});
+    dim3 blocks(groups->count, ceil_div(C, WARP * N)), threads(WARP, SUM_LINES);
+    dim3 position_blocks(T, ceil_div(C, CHANNEL_THREADS * N));
+    assert(rows % T == 0);
+    LAUNCH_SEVERAL(N, token_gradients_kernel, blocks, threads, stream, dwte, dx, groups->order, groups->first,
+                   groups->token, n, C);
+    LAUNCH_SEVERAL(N, position_gradients_kernel, position_blocks, CHANNEL_THREADS, stream, dwpe, dx, rows, T,
+                   n, C);
 }
 
-static __global__ void embedding_positions_kernel(float* dwpe, const floatX* dx, int rows, int T, int n, int C) {
-    size_t t = blockIdx.x;
-    for (int c = threadIdx.x; c < C; c += ROW_THREADS) {
-        float sum = 0;
-        for (size_t r = t; r < (size_t)rows; r += T) sum += stream_sum(dx, r, c, n, C);
-        dwpe[t * C + c] += sum;
+// --- LayerNorm
+
+// The row of this warp, and the first channel of this lane
+__device__ __forceinline__ int row_of_warp() { return blockIdx.x * ROWS_A_BLOCK + threadIdx.x / WARP; }
+template <int N> __device__ __forceinline__ int first_channel() { return threadIdx.x % WARP * N; }
+
+// One row, by a warp: out (C) = (u - mean) rstd weight + bias; stats = {mean, rstd}
+template <int N>
+__device__ __forceinline__ void layernorm_row(floatX* out, float* stats, const floatX* u,
+                                              const floatX* weight, const floatX* bias, int C) {
+    float mean = 0, variance = 0, x[N], w[N], b[N];
+    for (int ch = first_channel<N>(); ch < C; ch += WARP * N) {
+        load_several(x, u + ch);
+#pragma unroll
+        for (int i = 0; i < N; i++) mean += x[i];
+    }
+    mean = warp_sum(mean) / C;
+    for (int ch = first_channel<N>(); ch < C; ch += WARP * N) {
+        load_several(x, u + ch);
+#pragma unroll
+        for (int i = 0; i < N; i++) variance += (x[i] - mean) * (x[i] - mean);
+    }
+    float rstd = 1 / sqrtf(warp_sum(variance) / C + 1e-5f);
+    for (int ch = first_channel<N>(); ch < C; ch += WARP * N) {
+        load_several(x, u + ch);
+        load_several(w, weight + ch);
+        load_several(b, bias + ch);
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = (x[i] - mean) * rstd * w[i] + b[i];
+        store_several(out + ch, x);
+    }
+    if (threadIdx.x % WARP == 0) stats[0] = mean, stats[1] = rstd;
+}
+
+template <int N>
+static __global__ void layernorm_forward_kernel(floatX* out, float* stats, const floatX* u,
+                                                const floatX* weight, const floatX* bias, int rows, int C) {
+    size_t row = row_of_warp();
+    if (row < (size_t)rows) layernorm_row<N>(out + row * C, stats + row * 2, u + row * C, weight, bias, C);
+}
+// out (rows, C) = LayerNorm(u); stats (rows, 2) = {mean, rstd}
+static void layernorm_forward_gpu(floatX* out, float* stats, const floatX* u, const floatX* weight,
+                                  const floatX* bias, int rows, int C, cudaStream_t stream) {
+    int N = several_of(C, {out, u, weight, bias});
+    LAUNCH_SEVERAL(N, layernorm_forward_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, out, stats,
+                   u, weight, bias, rows, C);
+}
+
+// One row, by a warp: write(ch, du) is called with the gradient of u at channels ch .. ch + N
+template <int N, class Write>
+__device__ __forceinline__ void layernorm_row_backward(const floatX* dout, const float* stats,
+                                                       const floatX* u, const floatX* weight, int C,
+                                                       Write write) {
+    float mean = stats[0], rstd = stats[1], sum = 0, along = 0, d[N], x[N], w[N];
+    auto load = [&](int ch) {                   // d = weight dout, x = the normalised input
+        load_several(d, dout + ch);
+        load_several(x, u + ch);
+        load_several(w, weight + ch);
+#pragma unroll
+        for (int i = 0; i < N; i++) d[i] *= w[i], x[i] = (x[i] - mean) * rstd;
+    };
+    for (int ch = first_channel<N>(); ch < C; ch += WARP * N) {
+        load(ch);
+#pragma unroll
+        for (int i = 0; i < N; i++) sum += d[i], along += d[i] * x[i];
+    }
+    sum = warp_sum(sum) / C;
+    along = warp_sum(along) / C;
+    for (int ch = first_channel<N>(); ch < C; ch += WARP * N) {
+        load(ch);
+#pragma unroll
+        for (int i = 0; i < N; i++) d[i] = (d[i] - sum - x[i] * along) * rstd;
+        write(ch, d);
     }
 }
-// dwte (V, C), dwpe (T, C) += from dx (rows, n, C)
-static void embedding_backward_gpu(float* dwte, float* dwpe, const floatX* dx, const TokenGroups* groups, int rows, int T, int n,
-                                   int C, cudaStream_t stream) {
-    dim3 blocks(groups->count, ceil_div(C, WARP)), threads(WARP, SUM_LINES);
-    embedding_tokens_kernel<<<blocks, threads, 0, stream>>>(dwte, dx, groups->order, groups->first, groups->token, n, C);
-    LAUNCHED();
-    embedding_positions_kernel<<<min_int(T, rows), ROW_THREADS, 0, stream>>>(dwpe, dx, rows, T, n, C);
-    LAUNCHED();
+
+template <int N>
+static __global__ void layernorm_backward_kernel(floatX* du, const floatX* dout, const float* stats,
+                                                 const floatX* u, const floatX* weight, int rows, int C) {
+    size_t row = row_of_warp();
+    if (row >= (size_t)rows) return;
+    du += row * C;
+    auto write = [=](int ch, float (&d)[N]) {
+        float before[N];
+        load_several(before, du + ch);
+#pragma unroll
+        for (int i = 0; i < N; i++) d[i] += before[i];
+        store_several(du + ch, d);
+    };
+    layernorm_row_backward<N>(dout + row * C, stats + row * 2, u + row * C, weight, C, write);
 }
 
-static __global__ void mean_streams_kernel(floatX* mean, const floatX* x, int n, int C, size_t count) {
-    size_t i = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
-    if (i < count) mean[i] = from_float<floatX>(stream_sum(x, i / C, i % C, n, C) / n);
+template <int N>
+static __global__ void sum_layernorm_kernel(float* slabs, const floatX* dout, const floatX* u,
+                                            const float* stats, int rows, int C) {
+    int ch = (blockIdx.y * WARP + threadIdx.x) * N, first = blockIdx.x * SUM_ROWS;
+    int last = min(first + SUM_ROWS, rows);
+    float dweight[N] = {}, dbias[N] = {}, d[N], x[N];
+    for (int r = first + threadIdx.y; r < last && ch < C; r += SUM_LINES) {
+        size_t row = r;
+        float mean = stats[row * 2], rstd = stats[row * 2 + 1];
+        load_several(d, dout + row * C + ch);
+        load_several(x, u + row * C + ch);
+#pragma unroll
+        for (int i = 0; i < N; i++) dweight[i] += d[i] * ((x[i] - mean) * rstd), dbias[i] += d[i];
+    }
+    sum_lines(dweight);
+    sum_lines(dbias);
+    if (threadIdx.y || ch >= C) return;
+    slabs += (size_t)blockIdx.x * 2 * C + ch;
+    store_several(slabs, dweight);
+    store_several(slabs + C, dbias);
 }
-// mean (rows, C) over the streams of x (rows, n, C); ln (rows, C), stats (rows, 2): the final LayerNorm of it
+// dweight, dbias (C) += from dout (rows, C). slabs: sum_scratch(rows, 2C)
+static void sum_layernorm_gpu(float* dweight, float* dbias, float* slabs, const floatX* dout, const floatX* u,
+                              const float* stats, int rows, int C, cudaStream_t stream) {
+    int N = several_of(C, {dout, u, slabs});
+    dim3 blocks(ceil_div(rows, SUM_ROWS), ceil_div(C, WARP * N)), threads(WARP, SUM_LINES);
+    LAUNCH_SEVERAL(N, sum_layernorm_kernel, blocks, threads, stream, slabs, dout, u, stats, rows, C);
+    add_slabs_gpu(dweight, C, dbias, C, slabs, blocks.x, stream);
+}
+
+// du (rows, C) += the gradient of u: what comes to u past the norm is there already. dweight, dbias (C) +=.
+// slabs: sum_scratch(rows, 2C)
+static void layernorm_backward_gpu(floatX* du, float* dweight, float* dbias, const floatX* dout,
+                                   const float* stats, const floatX* u, const floatX* weight, float* slabs,
+                                   int rows, int C, cudaStream_t stream) {
+    int N = several_of(C, {du, dout, u, weight});
+    LAUNCH_SEVERAL(N, layernorm_backward_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, du, dout,
+                   stats, u, weight, rows, C);
+    sum_layernorm_gpu(dweight, dbias, slabs, dout, u, stats, rows, C, stream);
+}
+
+// --- readout: the final LayerNorm of the mean over the streams
+
+template <int N>
+static __global__ void readout_forward_kernel(floatX* mean, floatX* ln, float* stats, const floatX* x,
+                                              const floatX* weight, const floatX* bias, int rows, int n,
+                                              int C) {
+    size_t row = row_of_warp();
+    float sum[N], other[N];
+    if (row >= (size_t)rows) return;
+    mean += row * C, x += row * n * C;
+    for (int ch = first_channel<N>(); ch < C; ch += WARP * N) {
+        load_several(sum, x + ch);
+        for (int stream = 1; stream < n; stream++) {
+            load_several(other, x + stream * C + ch);
+#pragma unroll
+            for (int i = 0; i < N; i++) sum[i] += other[i];
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) sum[i] /= n;
+        store_several(mean + ch, sum);
+    }
+    layernorm_row<N>(ln + row * C, stats + row * 2, mean, weight, bias, C);     // a lane reads what it wrote
+}
+// mean (rows, C) over the streams of x (rows, n, C), rounded; ln (rows, C) its LayerNorm, stats (rows, 2)
 static void readout_forward_gpu(floatX* mean, floatX* ln, float* stats, const floatX* x, const floatX* weight,
                                 const floatX* bias, int rows, int n, int C, cudaStream_t stream) {
-    size_t count = (size_t)rows * (size_t)C;
-    mean_streams_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(mean, x, n, C, count);
-    LAUNCHED();
-    layernorm_forward_gpu(ln, stats, mean, weight, bias, rows, C, stream);
+    int N = several_of(C, {mean, ln, x, weight, bias});
+    LAUNCH_SEVERAL(N, readout_forward_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, mean, ln,
+                   stats, x, weight, bias, rows, n, C);
 }
-// dx (rows, n, C) = from dln (rows, C); dweight, dbias (C) of the final LayerNorm +=
-static void readout_backward_gpu(floatX* dx, float* dweight, float* dbias, const floatX* dln, const float* stats,
-                                 const floatX* mean, const floatX* weight, float* slabs, int rows, int n, int C,
-                                 cudaStream_t stream) {
-    layernorm_backward_kernel<<<row_blocks(rows), ROW_THREADS, 0, stream>>>(dx, dln, stats, mean, weight, false, n, rows, C);
-    LAUNCHED();
+
+template <int N>
+static __global__ void readout_backward_kernel(floatX* dx, const floatX* dln, const float* stats,
+                                               const floatX* mean, const floatX* weight, int rows, int n,
+                                               int C) {
+    size_t row = row_of_warp();
+    if (row >= (size_t)rows) return;
+    dx += row * n * C;
+    auto write = [=](int ch, float (&d)[N]) {
+#pragma unroll
+        for (int i = 0; i < N; i++) d[i] /= n;
+        for (int stream = 0; stream < n; stream++) store_several(dx + stream * C + ch, d);
+    };
+    layernorm_row_backward<N>(dln + row * C, stats + row * 2, mean + row * C, weight, C, write);
+}
+// dx (rows, n, C) = from dln (rows, C); dweight, dbias (C) +=. slabs: sum_scratch(rows, 2C)
+static void readout_backward_gpu(floatX* dx, float* dweight, float* dbias, const floatX* dln,
+                                 const float* stats, const floatX* mean, const floatX* weight, float* slabs,
+                                 int rows, int n, int C, cudaStream_t stream) {
+    int N = several_of(C, {dx, dln, mean, weight});
+    LAUNCH_SEVERAL(N, readout_backward_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, dx, dln,
+                   stats, mean, weight, rows, n, C);
     sum_layernorm_gpu(dweight, dbias, slabs, dln, mean, stats, rows, C, stream);
 }
 
-enum { CLASSIFIER_THREADS = 256 };
+// --- residual without streams
 
-// A block a row. The largest logit and the sum of exponentials in one walk: each thread keeps its own, brought together after.
-static __global__ void classifier_kernel(float* losses, floatX* logits, const int32_t* targets, float scale, int V, int Vp) {
-    size_t row = blockIdx.x;
-    int target = targets[row];
-    logits += row * Vp;
-    float max = -INFINITY, sum = 0, logit_of_target = to_float(logits[target]);
-    for (int v = threadIdx.x; v < V; v += CLASSIFIER_THREADS) {
-        float x = to_float(logits[v]);
-        if (x > max) {
-            sum *= expf(max - x);
-            max = x;
-        }
-        sum += expf(x - max);
+template <int N>
+static __global__ void add_kernel(floatX* y, const floatX* x, const floatX* f, size_t count) {
+    size_t at = ((size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x) * N;
+    float sum[N], other[N] = {};
+    if (at >= count) return;
+    load_several(sum, f + at);
+    if (x) load_several(other, x + at);
+#pragma unroll
+    for (int i = 0; i < N; i++) sum[i] += other[i];
+    store_several(y + at, sum);
+}
+// y (count) = x + f, or f where x is NULL
+static void add_gpu(floatX* y, const floatX* x, const floatX* f, size_t count, cudaStream_t stream) {
+    int N = several_of(count, {y, x, f}), blocks = ceil_div(count, (size_t)N * ELEMENT_THREADS);
+    LAUNCH_SEVERAL(N, add_kernel, blocks, ELEMENT_THREADS, stream, y, x, f, count);
+}
+
+static __global__ void add_gradients_kernel(float* sum, const float* other, size_t count) {
+    size_t at = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
+    if (at < count) sum[at] += other[at];
+}
+// sum (count) += other: wte's gradient as the head to that as the embedding
+static void add_gradients_gpu(float* sum, const float* other, size_t count, cudaStream_t stream) {
+    add_gradients_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(sum, other, count);
+    LAUNCHED();
+}
+
+// --- classifier
+
+typedef struct { float max, sum; } SoftmaxSum;  // sum over exp(logit - max)
+
+// Over the logits (V) of a row, by a block. Each thread reads its logits once, and scales its sum whenever it
+// meets a larger one.
+template <int N> __device__ __forceinline__ SoftmaxSum softmax_sum(const floatX* logits, int V) {
+    float max = -INFINITY, sum = 0, x[N];
+    for (int v = threadIdx.x * N; v < V; v += CLASSIFIER_THREADS * N) {
+        float before = max;
+        load_several(x, logits + v);
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (v + i < V) max = fmaxf(max, x[i]);
+        if (max > before) sum *= expf(before - max);
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (v + i < V) sum += expf(x[i] - max);
     }
-    float largest = block_max(max);
-    sum = block_sum(sum == 0 ? 0 : sum * expf(max - largest));      // a NaN stays one
-    if (threadIdx.x == 0) losses[row] = logf(sum) + largest - logit_of_target;
-    if (scale <= 0) return;
-    for (int v = threadIdx.x; v < Vp; v += CLASSIFIER_THREADS) {
-        float p = v < V ? expf(to_float(logits[v]) - largest) / sum - (v == target) : 0;
-        logits[v] = from_float<floatX>(p * scale);
+    float of_row = block_max(max);
+    sum = max > -INFINITY ? sum * expf(max - of_row) : sum; // a thread without logits has nothing to scale
+    return {of_row, block_sum(sum)};
+}
+
+template <int N>
+static __global__ void classifier_kernel(float* losses, floatX* logits, const int32_t* targets, float scale,
+                                         int V, int Vp) {
+    int target = targets[blockIdx.x];
+    float x[N];
+    logits += (size_t)blockIdx.x * Vp;
+    float logit_of_target = to_float(logits[target]);           // before it is written over
+    SoftmaxSum s = softmax_sum<N>(logits, V);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(s.sum) + s.max - logit_of_target;
+    if (scale == 0) return;
+    float factor = scale / s.sum;
+    for (int v = threadIdx.x * N; v < Vp; v += CLASSIFIER_THREADS * N) {
+        load_several(x, logits + v);
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            x[i] = v + i < V ? expf(x[i] - s.max) * factor - (v + i == target ? scale : 0) : 0;
+        store_several(logits + v, x);
     }
 }
-// losses (rows), nats. With scale > 0 logits (rows, Vp) become their gradient, scale times softmax - one-hot; those from V on
-// are padding: in no softmax, and with gradient zero.
-static void classifier_gpu(float* losses, floatX* logits, const int32_t* targets, float scale, int rows, int V, int Vp,
-                           cudaStream_t stream) {
-    classifier_kernel<<<rows, CLASSIFIER_THREADS, 0, stream>>>(losses, logits, targets, scale, V, Vp);
-    LAUNCHED();
+// losses (rows) = -ln p of the targets, from logits (rows, Vp), of which V columns are there. With scale > 0
+// logits become dlogits = (softmax - one-hot) scale, 0 in the columns from V on
+static void classifier_gpu(float* losses, floatX* logits, const int32_t* targets, float scale, int rows,
+                           int V, int Vp, cudaStream_t stream) {
+    assert(V <= Vp);
+    int N = several_of(Vp, {logits});
+    LAUNCH_SEVERAL(N, classifier_kernel, rows, CLASSIFIER_THREADS, stream, losses, logits, targets, scale, V,
+                   Vp);
 }
 // ------------------------------------------------------------------------------------------------
 // Hyper-connections (mHC Eq. 3, 7-9; HC Eq. 5), every residual mode with streams: plain kernels, which say
@@ -595,30 +865,31 @@ static Connections connections_of(const Config* c) {
 }
 
 enum {
-    TOKEN_THREADS = 128,        // where a warp has a token, and where a thread has one
-    TOKENS = TOKEN_THREADS / WARP,
+    TOKEN_THREADS = 128,        // where a thread has a token
     TILE_TOKENS = 8,            // tokens (or vectors) that share each number of fn once it is read
     PROJECT_THREADS = TILE_TOKENS * WARP,
     STATE_THREADS = 128,        // a thread has a channel
     FN_THREADS = 128,           // a thread has a column of fn
     FN_TILE = 32,               // vectors whose z lies in shared memory at a time
-    FN_SLABS = 32,              // for fn's gradient rows are cut into at most so many slabs
+    FN_SLABS = 32               // for its gradient the vectors are cut into at most so many slabs
 };
-static_assert(TOKEN_THREADS % WARP == 0, "tokens have whole warps");
+static_assert(STATE_THREADS % WARP == 0 && FN_THREADS % WARP == 0, "blocks have whole warps");
 
 // kernel<n><<<blocks, threads, 0, stream>>>(..)
 #define LAUNCH_N(n, kernel, blocks, threads, stream, ...)                                                    \
-    switch (n) {                                                                                             \
-        case 1: kernel<1><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
-        case 2: kernel<2><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
-        case 3: kernel<3><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
-        case 4: kernel<4><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
-        case 5: kernel<5><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
-        case 6: kernel<6><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
-        case 7: kernel<7><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
-        case 8: kernel<8><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                               \
-    }                                                                                                        \
-    LAUNCHED()
+    do {                                                                                                     \
+        switch (n) {                                                                                         \
+            case 1: kernel<1><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
+            case 2: kernel<2><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
+            case 3: kernel<3><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
+            case 4: kernel<4><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
+            case 5: kernel<5><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
+            case 6: kernel<6><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
+            case 7: kernel<7><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
+            case 8: kernel<8><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
+        }                                                                                                    \
+        LAUNCHED();                                                                                          \
+    } while (0)
 
 // Coefficients of a token, pre (n) | post (n) | res (n, n)[out][in]; fn has no more outputs than that.
 __host__ __device__ constexpr int coefs(int n) { return n * n + 2 * n; }
@@ -648,9 +919,6 @@ __device__ __forceinline__ float exp_saturated(float x) {
     x = x < -87.0f ? -87.0f : x;
     return expf(x);
 }
-
-// The row of this warp's token
-__device__ __forceinline__ int token_of_warp() { return blockIdx.x * TOKENS + threadIdx.x / WARP; }
 
 // out[e] = the sum over the warp of values[e]
 template <int COUNT>
@@ -749,10 +1017,11 @@ __device__ __forceinline__ void token_sinkhorn_backward(float* d, float* R, cons
 template <int N>
 static __global__ void write_kernel(floatX* y, const floatX* x, const floatX* f, const float* coef, int C,
                                     int rows) {
-    int row = token_of_warp();
+    int row = row_of_warp();
     if (row >= rows) return;                                    // the whole warp
     float post[N], res[N * N];
-    y += (size_t)row * N * C, x += (size_t)row * N * C, f += (size_t)row * C, coef += (size_t)row * coefs(N);
+    size_t r = row;
+    y += r * N * C, x += r * N * C, f += r * C, coef += r * coefs(N);
 #pragma unroll
     for (int i = 0; i < N; i++) post[i] = coef[N + i];
 #pragma unroll
@@ -773,7 +1042,7 @@ static __global__ void write_kernel(floatX* y, const floatX* x, const floatX* f,
 // y (rows, n, C) = res x + post f (mHC Eq. 3), from x (rows, n, C), f (rows, C), coef (rows, n*n + 2n)
 static void write_gpu(floatX* y, const floatX* x, const floatX* f, const float* coef, Connections c, int rows,
                       cudaStream_t stream) {
-    LAUNCH_N(c.n, write_kernel, ceil_div(rows, TOKENS), TOKEN_THREADS, stream, y, x, f, coef, c.C, rows);
+    LAUNCH_N(c.n, write_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, y, x, f, coef, c.C, rows);
 }
 
 // A block has TILE_TOKENS vectors and walks them once, a thread to a number; a number of fn is read once for
@@ -876,37 +1145,27 @@ template <int N>
 static __global__ void read_layernorm_kernel(floatX* u, floatX* ln, float* stats, const floatX* x,
                                              const float* coef, const floatX* weight, const floatX* bias,
                                              int C, int rows) {
-    int row = token_of_warp(), lane = threadIdx.x % WARP;
+    int row = row_of_warp();
     if (row >= rows) return;
-    float pre[N], mean = 0, variance = 0;
-    u += (size_t)row * C, ln += (size_t)row * C, x += (size_t)row * N * C;
+    float pre[N];
+    size_t r = row;
+    u += r * C, ln += r * C, x += r * N * C;
 #pragma unroll
-    for (int i = 0; i < N; i++) pre[i] = coef[(size_t)row * coefs(N) + i];
-    for (int ch = lane; ch < C; ch += WARP) {
+    for (int i = 0; i < N; i++) pre[i] = coef[r * coefs(N) + i];
+    for (int ch = threadIdx.x % WARP; ch < C; ch += WARP) {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < N; i++) sum += pre[i] * to_float(x[i * C + ch]);
         u[ch] = from_float<floatX>(sum);
-        mean += to_float(u[ch]);
     }
-    mean = warp_sum(mean) / C;
-    for (int ch = lane; ch < C; ch += WARP) {                   // here and below a lane reads what it wrote
-        float centred = to_float(u[ch]) - mean;
-        variance += centred * centred;
-    }
-    float rstd = 1 / sqrtf(warp_sum(variance) / C + 1e-5f);
-    for (int ch = lane; ch < C; ch += WARP) {
-        float xhat = (to_float(u[ch]) - mean) * rstd;
-        ln[ch] = from_float<floatX>(xhat * to_float(weight[ch]) + to_float(bias[ch]));
-    }
-    if (lane < 2) stats[(size_t)row * 2 + lane] = lane == 0 ? mean : rstd;
+    layernorm_row<1>(ln, stats + r * 2, u, weight, bias, C);    // a lane reads what it wrote
 }
 // u (rows, C) = pre x, rounded; ln (rows, C) its LayerNorm, stats (rows, 2) {mean, rstd}; from x (rows, n, C)
 static void read_layernorm_gpu(floatX* u, floatX* ln, float* stats, const floatX* x, const float* coef,
                                const floatX* weight, const floatX* bias, Connections c, int rows,
                                cudaStream_t stream) {
-    LAUNCH_N(c.n, read_layernorm_kernel, ceil_div(rows, TOKENS), TOKEN_THREADS, stream, u, ln, stats, x, coef,
-             weight, bias, c.C, rows);
+    LAUNCH_N(c.n, read_layernorm_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, u, ln, stats, x,
+             coef, weight, bias, c.C, rows);
 }
 
 typedef struct {                // between sublayer k and sublayer k + 1
@@ -935,7 +1194,7 @@ template <int N>
 static __global__ void write_backward_kernel(floatX* dx, floatX* df, float* dcoef, const floatX* dy,
                                              const floatX* x, const floatX* f, const float* coef, int C,
                                              int rows) {
-    int row = token_of_warp();
+    int row = row_of_warp();
     if (row >= rows) return;
     float post[N], res[N * N], sums[N + N * N] = {};            // sums: of dpost | dres
     size_t r = row;
@@ -972,8 +1231,8 @@ static __global__ void write_backward_kernel(floatX* dx, floatX* df, float* dcoe
 static void write_backward_gpu(floatX* dx, floatX* df, float* dcoef, const floatX* dy, const floatX* x,
                                const floatX* f, const float* coef, Connections c, int rows,
                                cudaStream_t stream) {
-    LAUNCH_N(c.n, write_backward_kernel, ceil_div(rows, TOKENS), TOKEN_THREADS, stream, dx, df, dcoef, dy, x,
-             f, coef, c.C, rows);
+    LAUNCH_N(c.n, write_backward_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, dx, df, dcoef, dy,
+             x, f, coef, c.C, rows);
 }
 
 typedef struct { float mean, rstd, sum, along; } ReadSums;     // last two: means of weight dln (1, xhat)
@@ -987,7 +1246,7 @@ template <int N>
 static __global__ void read_backward_kernel(float* dcoef, float* sums, const floatX* dln, const floatX* x,
                                             const floatX* u, const float* stats, const floatX* weight, int C,
                                             int rows) {
-    int row = token_of_warp(), lane = threadIdx.x % WARP;
+    int row = row_of_warp(), lane = threadIdx.x % WARP;
     if (row >= rows) return;
     size_t r = row;
     ReadSums s = {stats[r * 2], stats[r * 2 + 1], 0, 0};
@@ -1012,8 +1271,8 @@ static __global__ void read_backward_kernel(float* dcoef, float* sums, const flo
 static void read_backward_gpu(float* dcoef, float* sums, const floatX* dln, const floatX* x, const floatX* u,
                               const float* stats, const floatX* weight, Connections c, int rows,
                               cudaStream_t stream) {
-    LAUNCH_N(c.n, read_backward_kernel, ceil_div(rows, TOKENS), TOKEN_THREADS, stream, dcoef, sums, dln, x, u,
-             stats, weight, c.C, rows);
+    LAUNCH_N(c.n, read_backward_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, dcoef, sums, dln,
+             x, u, stats, weight, c.C, rows);
 }
 
 // In: d (n*n + 2n), gradients of a token's coef. Out: those of its logits; zero for a map that is off.
@@ -1143,10 +1402,10 @@ static void state_backward_gpu(floatX* dx, StateTerms terms, Connections c, int 
 }
 
 // ------------------------------------------------------------------------------------------------
-// Gradients of parameters, sums over all rows in two phases: blocks sum slabs of rows, which the sizes alone
-// determine; then add_slabs adds their sums, always in the same order.
+// fn's gradient, a sum over all rows in two phases as others: blocks sum slabs of vectors, which the
+// sizes alone determine, then add_slabs adds them in order.
 
-// For fn's gradient: vectors in a slab, whole tiles; and at most how many slabs so many vectors or less are
+// Vectors in a slab, whole tiles; and at most how many slabs so many vectors or less are
 static int fn_slab_vectors(size_t vectors) {
     return ceil_div(ceil_div(vectors, FN_SLABS), FN_TILE) * FN_TILE;
 }
@@ -1201,19 +1460,19 @@ typedef struct {                // what lives inside connection_backward_gpu
 // Laid out from memory on; NULL only counts.
 static ConnectionScratch connection_scratch(float* memory, Connections c, int rows) {
     ConnectionScratch s = {};
-    size_t r = rows, cols = c.M + c.scales > 2 * c.C ? c.M + c.scales : 2 * c.C;
-    size_t slabs = ceil_div(r, SUM_ROWS) * cols, fn = (size_t)c.outs * c.width * most_fn_slabs(r * c.groups);
+    size_t r = rows, fn = c.is_static ? 0 : (size_t)c.outs * c.width * most_fn_slabs(r * c.groups);
+    size_t slabs = sum_scratch(rows, c.M + c.scales > 2 * c.C ? c.M + c.scales : 2 * c.C);
     bool sinkhorn = c.residual == RESIDUAL_MHC && c.maps >> 2 & 1;
     auto take = [&s, memory](size_t count) {
         s.size += count;
         return memory ? memory + (s.size - count) : NULL;
     };
+    s.slabs = take(fn > slabs ? fn : slabs);                    // first, so that it is aligned as memory is
     s.sums = take(r * 2);
     s.terms = take(r * (c.M + c.scales));
     s.z = take(c.is_static ? 0 : r * c.M);
     s.shrink = take(c.is_static ? 0 : r * c.groups);
     s.divisors = take(sinkhorn ? r * c.divisions * c.n : 0);
-    s.slabs = take(!c.is_static && fn > slabs ? fn : slabs);
     return s;
 }
 // Floats of scratch that connection_backward_gpu wants
@@ -1462,7 +1721,7 @@ __device__ __forceinline__ void plain_gradients(float (&s)[PLAIN_EACH], float (&
 
 // Grid: heads, tiles of rows (keys or queries), PLAIN_WIDTH channels
 template <bool OF_KEYS>
-static __global__ void __launch_bounds__(PLAIN_THREADS)
+static __global__ void __launch_bounds__(PLAIN_THREADS, 3)
 attention_backward_kernel(floatX* dqkv, const floatX* dout, const float* lse, const float* delta,
                           const floatX* qkv, int T, int C, int NH) {
     __shared__ PlainTiles tiles;
@@ -1971,18 +2230,18 @@ static void flash_backward(floatX* dqkv, const floatX* dout, const float* lse, c
 // ------------------------------------------------------------------------------------------------
 // The choice
 
-// Whether flash kernels serve heads of D numbers in these tensors: rows are aligned where the first one is.
-static bool flash_serves(int D, const void* a, const void* b, const void* c) {
-    bool aligned = ((uintptr_t)a | (uintptr_t)b | (uintptr_t)c) % 16 == 0;
-    return !attention_plain_only && sizeof(floatX) == 2 && (D == 64 || D == 128) && aligned;
+// Whether flash kernels serve heads of D numbers. addresses: all tensors', or-ed. Rows are aligned where the
+// first one is.
+static bool flash_serves(int D, uintptr_t addresses) {
+    return !attention_plain_only && sizeof(floatX) == 2 && (D == 64 || D == 128) && addresses % 16 == 0;
 }
 
-// out (B, T, C), lse (B, NH, T) from qkv (B, T, 3C), for positions from row0 on: earlier ones are there already
+// out (B, T, C), lse (B, NH, T) from qkv (B, T, 3C), for positions from row0 on (earlier ones: there already)
 static void attention_forward_gpu(floatX* out, float* lse, const floatX* qkv, int B, int T, int row0, int C,
                                   int NH, cudaStream_t stream) {
     assert(B > 0 && 0 <= row0 && row0 < T && NH > 0 && C > 0 && C % NH == 0);
     int D = C / NH;
-    if (!flash_serves(D, out, qkv, qkv)) {
+    if (!flash_serves(D, (uintptr_t)out | (uintptr_t)qkv)) {
         attention_forward_plain(out, lse, qkv, B, T, row0, C, NH, stream);
         return;
     }
@@ -2001,7 +2260,7 @@ static void attention_backward_gpu(floatX* dqkv, const floatX* dout, const float
     assert(B > 0 && T > 0 && NH > 0 && C > 0 && C % NH == 0);
     int D = C / NH;
     float* delta = scratch;
-    if (!flash_serves(D, dqkv, dout, qkv)) {
+    if (!flash_serves(D, (uintptr_t)dqkv | (uintptr_t)dout | (uintptr_t)out | (uintptr_t)qkv)) {
         attention_delta<WARP, 1>(delta, dout, out, B, T, C, NH, stream);
         attention_backward_plain(dqkv, dout, lse, delta, qkv, B, T, C, NH, stream);
         return;
@@ -2375,202 +2634,221 @@ static void device_backward(const Pass* p) {
     embedding_backward_gpu(grad(m, WTE, 0), grad(m, WPE, 0), a->dstate, &a->groups, rows, p->T, c->n, c->C, p->stream);
 }
 // ------------------------------------------------------------------------------------------------
-// Optimiser: the gradient's norm, AdamW, the copies that products read. All tensors in one launch, a block a chunk.
+// Optimiser: norm of the gradients, AdamW on the fp32 masters, and their rounded copies. A table cuts all
+// tensors into chunks of a fixed size, a block each: sums have the same order on every device.
 
-enum { CHUNK = 1 << 14, OPTIMISER_THREADS = 256 };
+enum { CHUNK = 1 << 15, CHUNK_THREADS = 256 };          // numbers; a thread of a block has every 256th
+static_assert(CHUNK_THREADS % WARP == 0, "blocks have whole warps");
 
 typedef struct {
-    size_t first;               // of the device's arrays
-    int count, tensor;
-    bool decayed, stochastic;
+    size_t first, offset;       // index of its first number in the model's arrays, and in its tensor
+    uint64_t name;              // of its tensor, hashed
+    int count, tensor;          // numbers; index into the model's tensors
+    bool decayed;
 } Chunk;
 
+enum { NO_TENSOR = 0x7f7f7f7f };                        // four equal bytes, for cudaMemsetAsync
+
 typedef struct {
-    Chunk* chunks;              // on the device
-    double* squares;            // (chunk_count) sums of squares
-    int32_t* tensor_chunks;     // (tensor_count + 1) first chunk of each tensor
-    int32_t* nonfinite;         // the first chunk that has a number that is not finite
+    Chunk* chunks;              // on the device, in the order of the tensors
+    int* first_chunks;          // on the device (tensor_count + 1): where each tensor's begin
+    double* sums;               // on the device: squares of a chunk's gradients (chunk_count), of a tensor's
+    int *nonfinite, *host_nonfinite;    // the first such tensor, on the device; and pinned
     int chunk_count, tensor_count;
-    int32_t* chunk_tensors;     // (chunk_count) on the host
 } Optimiser;
 
-static int count_chunks(const Model* m) {
-    int count = 0;
-    for (int i = 0; i < m->tensor_count; i++) count += ceil_div(tensor_size(&m->tensors[i]), CHUNK);
-    return count;
-}
-
-// What a copy in bf16 loses comes back on average if it is rounded up or down by chance, so that small updates of a weight are felt at
-// once; only matrices, whose many terms average it out. fp32 copies are exact either way.
-static bool rounds_by_chance(const Tensor* t) { return t->cols > 1; }
+static int chunks_of(const Tensor* t) { return ceil_div(tensor_size(t), CHUNK); }
 
 static void optimiser_memory(Optimiser* o, DeviceArena* arena, const Model* m) {
-    o->chunk_count = count_chunks(m);
     o->tensor_count = m->tensor_count;
-    o->chunks = (Chunk*)device_carve(arena, "optimiser's table", (size_t)o->chunk_count, sizeof(Chunk));
-    o->squares = (double*)device_carve(arena, "optimiser's table", (size_t)o->chunk_count, sizeof(double));
-    o->tensor_chunks = (int32_t*)device_carve(arena, "optimiser's table", (size_t)m->tensor_count + 1, sizeof(int32_t));
-    o->nonfinite = (int32_t*)device_carve(arena, "optimiser's table", 1, sizeof(int32_t));
+    o->chunk_count = 0;
+    for (int t = 0; t < m->tensor_count; t++) o->chunk_count += chunks_of(&m->tensors[t]);
+    o->chunks = (Chunk*)device_carve(arena, "data", (size_t)o->chunk_count, sizeof(Chunk));
+    o->first_chunks = (int*)device_carve(arena, "data", (size_t)o->tensor_count + 1, sizeof(int));
+    o->sums =
+        (double*)device_carve(arena, "data", (size_t)(o->chunk_count + o->tensor_count), sizeof(double));
+    o->nonfinite = (int*)device_carve(arena, "data", 1, sizeof(int));
+}
+
+static Chunk chunk_of(const Tensor* t, int tensor, int k) {
+    size_t offset = (size_t)k * CHUNK, left = tensor_size(t) - offset;
+    Chunk c = {t->first + offset, offset, tensor_seed(t, 0), (int)(left < (size_t)CHUNK ? left : (size_t)CHUNK), tensor,
+               t->spec->decayed};
+    return c;
 }
 
 static void optimiser_open(Optimiser* o, const Model* m) {
     Chunk* chunks = (Chunk*)allocate((size_t)o->chunk_count, sizeof(Chunk));
-    int32_t* first = (int32_t*)allocate((size_t)m->tensor_count + 1, sizeof(int32_t));
-    o->chunk_tensors = (int32_t*)allocate((size_t)o->chunk_count, sizeof(int32_t));
-    int count = 0;
-    for (int i = 0; i < m->tensor_count; i++) {
-        const Tensor* t = &m->tensors[i];
-        size_t size = tensor_size(t);
-        first[i] = count;
-        for (size_t begin = 0; begin < size; begin += CHUNK, count++) {
-            Chunk chunk = {t->first + begin, min_int(CHUNK, (int)(size - begin)), i, t->spec->decayed,
-                           rounds_by_chance(t)};
-            chunks[count] = chunk;
-            o->chunk_tensors[count] = i;
-        }
+    int* first = (int*)allocate((size_t)o->tensor_count + 1, sizeof(int));
+    for (int t = 0; t < o->tensor_count; t++) {
+        first[t + 1] = first[t] + chunks_of(&m->tensors[t]);
+        for (int k = first[t]; k < first[t + 1]; k++) chunks[k] = chunk_of(&m->tensors[t], t, k - first[t]);
     }
-    first[m->tensor_count] = count;
-    CUDA(cudaMemcpy(o->chunks, chunks, (size_t)count * sizeof(Chunk), cudaMemcpyHostToDevice));
-    CUDA(cudaMemcpy(o->tensor_chunks, first, ((size_t)m->tensor_count + 1) * sizeof(int32_t), cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(o->chunks, chunks, (size_t)o->chunk_count * sizeof(Chunk), cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(o->first_chunks, first, ((size_t)o->tensor_count + 1) * sizeof(int),
+                    cudaMemcpyHostToDevice));
+    CUDA(cudaMallocHost(&o->host_nonfinite, sizeof(int)));
     free(chunks);
     free(first);
 }
 
-static void optimiser_close(Optimiser* o) { free(o->chunk_tensors); }
+static void optimiser_close(Optimiser* o) { CUDA(cudaFreeHost(o->host_nonfinite)); }
 
-// --- the norm, in double: per chunk, per tensor, in table order
+// --- norm
 
-static __global__ void square_chunks_kernel(double* squares, const float* numbers, const Chunk* chunks) {
-    __shared__ double partial[OPTIMISER_THREADS];
-    Chunk chunk = chunks[blockIdx.x];
+__device__ __forceinline__ double warp_sum(double x) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+
+static __global__ void chunk_squares_kernel(double* sums, const float* numbers, const Chunk* chunks) {
+    __shared__ double warps[CHUNK_THREADS / WARP];
+    const Chunk c = chunks[blockIdx.x];
     double sum = 0;
-    for (int i = threadIdx.x; i < chunk.count; i += OPTIMISER_THREADS) {
-        double x = numbers[chunk.first + i];
-        sum += x * x;
-    }
-    partial[threadIdx.x] = sum;
-    for (int half = OPTIMISER_THREADS / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if ((int)threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
-    }
-    if (threadIdx.x == 0) squares[blockIdx.x] = partial[0];
+    numbers += c.first;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < c.count; i += CHUNK_THREADS) sum += (double)numbers[i] * (double)numbers[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int w = 1; w < CHUNK_THREADS / WARP; w++) sum += warps[w];
+    sums[blockIdx.x] = sum;
 }
 
-static __global__ void norm_kernel(double* norm, const double* squares, const int32_t* tensor_chunks, int tensors) {
-    __shared__ double partial[OPTIMISER_THREADS];
-    double total = 0;
-    for (int first = 0; first < tensors; first += OPTIMISER_THREADS) {
-        int tensor = first + threadIdx.x;
+// A warp has a tensor at a time; then one thread adds the tensors in the order of the table.
+static __global__ void norm_kernel(double* norm, double* of_tensors, const double* of_chunks,
+                                   const int* first_chunks, int tensors) {
+    for (int t = threadIdx.x / WARP; t < tensors; t += CHUNK_THREADS / WARP) {
         double sum = 0;
-        for (int c = tensor < tensors ? tensor_chunks[tensor] : 0; tensor < tensors && c < tensor_chunks[tensor + 1]; c++)
-            sum += squares[c];
-        partial[threadIdx.x] = sum;
-        __syncthreads();
-        for (int i = 0; threadIdx.x == 0 && i < OPTIMISER_THREADS; i++) total += partial[i];
-        __syncthreads();
+        for (int k = first_chunks[t] + threadIdx.x % WARP; k < first_chunks[t + 1]; k += WARP)
+            sum += of_chunks[k];
+        sum = warp_sum(sum);
+        if (threadIdx.x % WARP == 0) of_tensors[t] = sum;
     }
-    if (threadIdx.x == 0) *norm = sqrt(total);
+    __syncthreads();
+    if (threadIdx.x) return;
+    double sum = 0;
+    for (int t = 0; t < tensors; t++) sum += of_tensors[t];
+    *norm = sqrt(sum);
 }
-// *norm, on the device: of all gradients
+// *norm, on the device, of all gradients: per tensor and in the order of the table, so that it is the same
+// however a model is divided. Nothing between tensors, and no padding, is part of it.
 static void gradient_norm_gpu(const Optimiser* o, double* norm, const float* grads, cudaStream_t stream) {
-    square_chunks_kernel<<<o->chunk_count, OPTIMISER_THREADS, 0, stream>>>(o->squares, grads, o->chunks);
+    double* of_tensors = o->sums + o->chunk_count;
+    chunk_squares_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(o->sums, grads, o->chunks);
     LAUNCHED();
-    norm_kernel<<<1, OPTIMISER_THREADS, 0, stream>>>(norm, o->squares, o->tensor_chunks, o->tensor_count);
+    norm_kernel<<<1, CHUNK_THREADS, 0, stream>>>(norm, of_tensors, o->sums, o->first_chunks, o->tensor_count);
     LAUNCHED();
 }
 
-static __global__ void nonfinite_kernel(int32_t* first, const float* numbers, const Chunk* chunks) {
-    Chunk chunk = chunks[blockIdx.x];
-    bool bad = false;
-    for (int i = threadIdx.x; i < chunk.count; i += OPTIMISER_THREADS) bad |= !isfinite(numbers[chunk.first + i]);
-    if (__syncthreads_or(bad) && threadIdx.x == 0) atomicMin(first, (int32_t)blockIdx.x);
-}
-// The first tensor, in table order, with a number that is not finite, or -1. This waits for the device.
-static int first_nonfinite_gpu(const Optimiser* o, const float* numbers, cudaStream_t stream) {
-    int32_t chunk = INT32_MAX;
-    CUDA(cudaMemcpyAsync(o->nonfinite, &chunk, sizeof chunk, cudaMemcpyHostToDevice, stream));
-    nonfinite_kernel<<<o->chunk_count, OPTIMISER_THREADS, 0, stream>>>(o->nonfinite, numbers, o->chunks);
-    LAUNCHED();
-    CUDA(cudaMemcpyAsync(&chunk, o->nonfinite, sizeof chunk, cudaMemcpyDeviceToHost, stream));
-    CUDA(cudaStreamSynchronize(stream));
-    return chunk == INT32_MAX ? -1 : o->chunk_tensors[chunk];
-}
+// --- copies
+//
+// Matrices are rounded stochastically: an update that is smaller than half a unit in the last place of a
+// weight would else be unseen by the forward pass for many steps, and a product averages over the errors of a
+// row. Vectors (biases, LayerNorm) are rounded to nearest: a channel's error there hits every token alike,
+// and nothing averages it. Of connections only fp32 masters are read.
+//
+// The draw is a function of (seed, step, tensor's name, index in the tensor): a run that is resumed, or
+// divided otherwise, has the same copies.
 
-// --- AdamW
-
-// A random number for one weight after one step, a function of the three: so a run that is resumed has the same bits.
-__device__ __forceinline__ uint32_t random_bits(uint64_t seed, uint64_t step, uint64_t index) {
-    uint64_t z = seed ^ (step * 0x9e3779b97f4a7c15u) ^ (index * 0xd1b54a32d192ed03u);
+// mix64 and hash64 of host/common.h, for kernels
+__device__ __forceinline__ uint64_t mix64_gpu(uint64_t z) {
+    z += 0x9e3779b97f4a7c15u;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return (uint32_t)((z ^ (z >> 31)) >> 32);
+    return z ^ (z >> 31);
+}
+__device__ __forceinline__ uint64_t hash64_gpu(uint64_t seed, uint64_t index) {
+    return mix64_gpu(mix64_gpu(seed) ^ index);
 }
 
-// To one of the two neighbours in bf16, with the chance that makes the mean exact. What is not finite stays so.
-__device__ __forceinline__ __nv_bfloat16 round_by_chance(float x, uint32_t random) {
-    uint32_t bits = __float_as_uint(x), low = bits & 0xFFFF;
-    if ((bits & 0x7F800000) == 0x7F800000) return __float2bfloat16_rn(x);
-    bits = (bits & 0xFFFF0000) + (low > (random & 0xFFFF) ? 0x10000 : 0);
-    return __float2bfloat16_rn(__uint_as_float(bits));
+// One of the two neighbours of x in bf16, or x itself if it is there: away from zero with a probability of
+// the distance from the nearer to zero, in units of their distance. draw: 16 bits.
+__device__ __forceinline__ __nv_bfloat16 round_stochastically(float x, unsigned draw) {
+    unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7f800000u) == 0x7f800000u) return __float2bfloat16_rn(x);     // inf, NaN
+    return __ushort_as_bfloat16((unsigned short)((bits + draw) >> 16));
 }
 
-__device__ __forceinline__ void store_copy(float* copies, size_t i, float x, bool, uint64_t, uint64_t) { copies[i] = x; }
-__device__ __forceinline__ void store_copy(__nv_bfloat16* copies, size_t i, float x, bool stochastic, uint64_t seed,
-                                           uint64_t step) {
-    copies[i] = stochastic ? round_by_chance(x, random_bits(seed, step, i)) : __float2bfloat16_rn(x);
+// What decides the draws of a chunk
+__device__ __forceinline__ uint64_t draws_of(const Chunk& c, uint64_t seed) {
+    return hash64_gpu(seed, c.name);
 }
 
-static __global__ void round_weights_kernel(floatX* copies, const float* masters, const Chunk* chunks, uint64_t seed,
-                                            uint64_t step) {
-    Chunk chunk = chunks[blockIdx.x];
-    for (int j = threadIdx.x; j < chunk.count; j += OPTIMISER_THREADS) {
-        size_t i = chunk.first + j;
-        store_copy(copies, i, masters[i], chunk.stochastic, seed, step);
-    }
+// seed: of this step
+__device__ __forceinline__ floatX copy_of(float master, const Chunk& c, uint64_t draws, int i) {
+    if (sizeof(floatX) == 4 || !c.decayed) return from_float<floatX>(master);
+    return (floatX)round_stochastically(master, hash64_gpu(draws, c.offset + i) & 0xffff);
 }
-// The copies of the masters after `step` updates
-static void round_weights_gpu(const Optimiser* o, floatX* copies, const float* masters, uint64_t seed, long step,
-                              cudaStream_t stream) {
-    round_weights_kernel<<<o->chunk_count, OPTIMISER_THREADS, 0, stream>>>(copies, masters, o->chunks, seed, (uint64_t)step);
+
+static __global__ void round_weights_kernel(floatX* copies, const float* masters, const Chunk* chunks,
+                                            uint64_t seed) {
+    const Chunk c = chunks[blockIdx.x];
+    uint64_t draws = draws_of(c, seed);
+    copies += c.first, masters += c.first;
+    for (int i = threadIdx.x; i < c.count; i += CHUNK_THREADS) copies[i] = copy_of(masters[i], c, draws, i);
+}
+// copies of the masters as they are after `step` updates: those that adamw_gpu made then
+static void round_weights_gpu(const Optimiser* o, floatX* copies, const float* masters, uint64_t seed,
+                              long step, cudaStream_t stream) {
+    round_weights_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(copies, masters, o->chunks,
+                                                                        hash64(seed, (uint64_t)step));
     LAUNCHED();
 }
 
-typedef struct { float b1, b2, eps, clip, rate, root, decay; } AdamwNumbers;
+// --- AdamW (decoupled decay, bias correction)
 
-static __global__ void adamw_kernel(float* params, float* am, float* av, const float* grads, floatX* copies, const Chunk* chunks,
-                                    AdamwNumbers u, uint64_t seed, uint64_t step) {
-    Chunk chunk = chunks[blockIdx.x];
-    float keep = chunk.decayed ? u.decay : 1;
-    for (int j = threadIdx.x; j < chunk.count; j += OPTIMISER_THREADS) {
-        size_t i = chunk.first + j;
+typedef struct { float b1, b2, eps, clip, rate, root, keep; } AdamW;    // keep: of a decayed weight
+
+static __global__ void adamw_kernel(float* params, float* adam_m, float* adam_v, const float* grads,
+                                    floatX* copies, const Chunk* chunks, AdamW u, uint64_t seed) {
+    const Chunk c = chunks[blockIdx.x];
+    uint64_t draws = draws_of(c, seed);
+    float keep = c.decayed ? u.keep : 1;
+    params += c.first, adam_m += c.first, adam_v += c.first, grads += c.first, copies += c.first;
+    for (int i = threadIdx.x; i < c.count; i += CHUNK_THREADS) {
         float d = grads[i] * u.clip;
-        float m = u.b1 * am[i] + (1 - u.b1) * d, v = u.b2 * av[i] + (1 - u.b2) * d * d;
+        float m = u.b1 * adam_m[i] + (1 - u.b1) * d;
+        float v = u.b2 * adam_v[i] + (1 - u.b2) * d * d;
         float p = params[i] * keep - u.rate * m / (sqrtf(v) * u.root + u.eps);
-        am[i] = m;
-        av[i] = v;
+        adam_m[i] = m;
+        adam_v[i] = v;
         params[i] = p;
-        store_copy(copies, i, p, chunk.stochastic, seed, step);
+        copies[i] = copy_of(p, c, draws, i);
     }
 }
-// One update (decoupled decay, bias correction), and the copies
-static void adamw_gpu(const Optimiser* o, const DeviceModel* d, const Update* u, uint64_t seed, cudaStream_t stream) {
-    AdamwNumbers numbers = {(float)u->beta1, (float)u->beta2, (float)u->eps, (float)u->clip,
-                            (float)(u->lr / (1 - pow(u->beta1, (double)u->step))),
-                            (float)(1 / sqrt(1 - pow(u->beta2, (double)u->step))), (float)(1 - u->lr * u->decay)};
-    adamw_kernel<<<o->chunk_count, OPTIMISER_THREADS, 0, stream>>>(d->m.params, d->m.adam_m, d->m.adam_v, d->m.grads, d->weights,
-                                                                   o->chunks, numbers, seed, (uint64_t)u->step);
+// Masters, moments and copies after update u->step
+static void adamw_gpu(const Optimiser* o, const DeviceModel* d, const Update* u, uint64_t seed,
+                      cudaStream_t stream) {
+    const Model* m = &d->m;
+    AdamW a = {(float)u->beta1, (float)u->beta2, (float)u->eps, (float)u->clip,
+               (float)(u->lr / (1 - pow(u->beta1, (double)u->step))),
+               (float)(1 / sqrt(1 - pow(u->beta2, (double)u->step))), (float)(1 - u->lr * u->decay)};
+    adamw_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(
+        m->params, m->adam_m, m->adam_v, m->grads, d->weights, o->chunks, a, hash64(seed, (uint64_t)u->step));
     LAUNCHED();
 }
 
-// wte has two gradients, as embedding and as head: one sum, after all micro-batches
-static __global__ void add_gradients_kernel(float* to, const float* from, size_t count) {
-    size_t i = (size_t)blockIdx.x * ELEMENT_THREADS + threadIdx.x;
-    if (i < count) to[i] += from[i];
+// --- what is not finite
+
+static __global__ void first_nonfinite_kernel(int* first, const float* numbers, const Chunk* chunks) {
+    const Chunk c = chunks[blockIdx.x];
+    bool found = false;
+    for (int i = threadIdx.x; i < c.count; i += CHUNK_THREADS) found |= !isfinite(numbers[c.first + i]);
+    if (__syncthreads_or(found) && threadIdx.x == 0) atomicMin(first, c.tensor);
 }
-static void add_gradients_gpu(float* to, const float* from, size_t count, cudaStream_t stream) {
-    add_gradients_kernel<<<ceil_div(count, ELEMENT_THREADS), ELEMENT_THREADS, 0, stream>>>(to, from, count);
+// The index of the first tensor with a number that is not finite, or -1. Waits for the device: it is only
+// asked when a run is about to stop.
+static int first_nonfinite_gpu(const Optimiser* o, const float* numbers, cudaStream_t stream) {
+    CUDA(cudaMemsetAsync(o->nonfinite, NO_TENSOR & 0xff, sizeof(int), stream));
+    first_nonfinite_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(o->nonfinite, numbers, o->chunks);
     LAUNCHED();
+    CUDA(cudaMemcpyAsync(o->host_nonfinite, o->nonfinite, sizeof(int), cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaStreamSynchronize(stream));
+    return *o->host_nonfinite == NO_TENSOR ? -1 : *o->host_nonfinite;
 }
+
 // ------------------------------------------------------------------------------------------------
 // The machine of a run (its contract is in train_gpt_mhc.c): one GPU, one stream.
 
