@@ -6,7 +6,10 @@
 
 #include "runtime.h"
 
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
 #include <sched.h>
+#include <semaphore.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,22 +18,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
+#include <map>
 #include <numeric>
-#include <string>
+#include <random>
 #include <thread>
 
-#if CPU_CUDA_ADDRESS
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#else
-static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
-static void __sanitizer_finish_switch_fiber(void*, const void** bottom, size_t* size) {
-    if (bottom) *bottom = nullptr, *size = 0;
-}
-static void __asan_poison_memory_region(const void*, size_t) {}
-static void __asan_unpoison_memory_region(const void*, size_t) {}
-#endif
 // For frames that are left by a switch and never return.
 #define NO_ADDRESS __attribute__((no_sanitize("address")))
 
@@ -49,15 +41,14 @@ constexpr size_t PAGE = 4096, STACK = address_sanitizer ? 256 << 10 : 64 << 10, 
 constexpr size_t MOST_STACKS = 32000;           // each costs the kernel two of its 65530 mappings
 constexpr size_t ARENA = 512 << 10;             // shared memory of a block, with room for gaps
 constexpr size_t STATIC_LIMIT = 48 << 10, SHARED_LIMIT = 227 << 10;
-constexpr unsigned PATIENCE = 8000000;          // spins after which a worker no longer counts as busy
 constexpr size_t SHARED_BASE = 1024;            // the 32-bit address of its first byte, so that 0 is none
+constexpr unsigned PATIENCE = 8000000;          // spins after which a worker no longer counts as busy
 
 struct Grid {                                   // one launch, shared by the workers
     const Launch& launch;
     unsigned long long blocks;
-    unsigned threads;                           // of a block
-    std::atomic<unsigned long long> next;       // block that nobody has taken
-    std::atomic<int> busy;                      // workers that do more than spin
+    unsigned threads, warps;                    // of a block
+    std::atomic<unsigned long long> next{0};    // block that nobody has taken
 };
 
 struct Worker {
@@ -66,61 +57,52 @@ struct Worker {
     std::vector<Thread> threads;                // of the resident blocks: one, or all of a cooperative launch
     std::vector<Warp> warps;
     std::vector<Block> blocks;
-    std::vector<unsigned> ready;                // of each warp: lanes that may run
-    unsigned turn = 0, live = 0;                // the warp that ran last; threads that have not exited
-    Block* block = nullptr;                     // the one that blockIdx shows
-    std::vector<Thread*> at_grid;               // at the grid's barrier
+    std::vector<char*> arenas;                  // shared memory of the blocks
+    Barrier at_grid;
+    Warp* warp = nullptr;                       // that ran last
+    size_t live = 0;                            // threads that have not exited
 
-    char* stacks = nullptr;
-    std::vector<int> free_stacks;
-    int stack_count = 0;
-    Thread* starting = nullptr;                 // what a new fiber runs first
-    void* home = nullptr;                       // the worker's own stack: its pointer, its extent
-    const void* home_bottom = nullptr;
+    char* stacks = nullptr;                     // thread i, if it starts a fiber, uses stack i for it
+    size_t open_stacks = 0;
+    const void* home = nullptr;                 // the worker's own stack
     size_t home_size = 0;
-    std::vector<char*> arenas;
+    void* home_pointer = nullptr;
 
-    Order order = FORWARD;                      // the option's, close at hand
-    unsigned random = 1, leave = 0;             // of 256 picks, this many leave the warp
-    unsigned spins = 0;                         // since anything else happened
+    Order order = options().order;
+    std::minstd_rand random;
+    unsigned leave = 0;                         // in a random order: of 256 picks, this many leave the warp
+    std::atomic<unsigned> spins{~0u};           // since anything else happened
+    sem_t begin, end;                           // of a share of a grid
 };
 
 static __thread Worker* worker;
+static Worker* workers();                       // options().threads of them
 
 // ------------------------------------------------------------------------------------------------
 // Options
 
-static void read_option(Options* o, const char* word) {
-    auto number = [word](const char* format, auto* value) {
-        char rest;
-        return sscanf(word, format, value, &rest) == 1;
-    };
-    if (number("threads=%d%c", &o->threads) || number("sms=%d%c", &o->sms)) return;
-    if (number("cc=%d%c", &o->capability) || number("timeout=%d%c", &o->timeout)) return;
-    if (number("memory=%zu%c", &o->memory)) {
-        o->memory <<= 20;
-    } else if (number("order=random:%u%c", &o->seed)) {
-        o->order = RANDOM;
-    } else if (!strcmp(word, "order=reverse")) {
-        o->order = REVERSE;
-    } else if (!strcmp(word, "lazy")) {
-        o->lazy = true;
-    } else if (!strcmp(word, "profile")) {
-        o->profile = true;
-    } else if (strcmp(word, "order=forward")) {
-        fprintf(stderr, "cpu_cuda: found %s in CPU_CUDA, expected an option of runtime.h\n", word);
-        exit(2);
-    }
-}
-
 static Options read_options() {
-    int processors = (int)std::thread::hardware_concurrency();
-    Options o = {processors, FORWARD, 0, false, false, 2, 90, (size_t)16384 << 20, 60};
+    int processors = std::min(16, (int)std::thread::hardware_concurrency());
+    Options o = {processors, FORWARD, 0, false, false, 2, 90, 16384, 60};
     const char* variable = getenv("CPU_CUDA");
     std::string words = variable ? variable : "";
-    for (char* word = strtok(&words[0], ","); word; word = strtok(nullptr, ",")) read_option(&o, word);
-    o.threads = std::max(o.threads, 1);
-    if (checking) o.threads = 1;                // one block after the other: time tells whose an access was
+    for (char* word = strtok(&words[0], ","); word; word = strtok(nullptr, ",")) {
+        char rest;
+        auto is = [&](const char* name) { return !strcmp(word, name); };
+        auto number = [&](const char* form, auto* value) { return sscanf(word, form, value, &rest) == 1; };
+        if (is("lazy")) o.lazy = true;
+        else if (is("profile")) o.profile = true;
+        else if (is("order=reverse")) o.order = REVERSE;
+        else if (number("order=random:%u%c", &o.seed)) o.order = RANDOM;
+        else if (!is("order=forward") && !number("threads=%d%c", &o.threads) && !number("sms=%d%c", &o.sms) &&
+                 !number("cc=%d%c", &o.capability) && !number("memory=%zu%c", &o.memory) &&
+                 !number("timeout=%d%c", &o.timeout)) {
+            fprintf(stderr, "cpu_cuda: found %s in CPU_CUDA, expected an option of runtime.h\n", word);
+            exit(2);
+        }
+    }
+    o.memory <<= 20;
+    o.threads = checking ? 1 : std::max(o.threads, 1);  // the checks take one block after the other
     return o;
 }
 
@@ -137,109 +119,64 @@ std::recursive_mutex& runtime_lock() {
 // ------------------------------------------------------------------------------------------------
 // Reports
 
-static bool same_place(Place a, Place b) {
-    return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file));
+static std::string text_of(Place place) { return std::string(place.file) + ":" + std::to_string(place.line); }
+
+static std::string text_of(uint3 i) {
+    return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
 }
 
-static std::string text_of_list(const char* format, va_list arguments) {
-    char text[2048];
-    vsnprintf(text, sizeof text, format, arguments);
-    return text;
-}
-
-__attribute__((format(printf, 1, 2))) static std::string text_of(const char* format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    std::string text = text_of_list(format, arguments);
-    va_end(arguments);
-    return text;
-}
-
-static std::string index_text(uint3 i) { return text_of("(%u,%u,%u)", i.x, i.y, i.z); }
-
-// The first report wins: the process ends, and what other workers find meanwhile may be its consequence.
-[[noreturn]] static void report(const std::string& text) {
+// Ends the process with the kernel, where it was launched, and the thread that runs. The first report wins:
+// what other workers find meanwhile may be its consequence.
+[[noreturn]] static void report(std::string text) {
     static std::atomic<bool> reported;
     if (reported.exchange(true))
         for (;;) pause();
+    if (const Launch* launch = current_launch()) {
+        text += std::string("    kernel ") + launch->kernel + ", launched at " + text_of(launch->place);
+        if (current) text += ", block " + text_of(current->block->index);
+        if (current) text += ", thread " + text_of(current->index);
+        text += "\n";
+    }
     fflush(stdout);
     fputs(text.c_str(), stderr);
     fflush(stderr);
     _exit(STATUS_REPORT);
 }
 
-// The kernel, where it was launched, and the thread that runs.
-static std::string kernel_text() {
-    const Launch* launch = current_launch();
-    if (!launch) return "";
-    Place place = launch->place;
-    std::string text = text_of("    kernel %s, launched at %s:%d", launch->kernel, place.file, place.line);
-    if (current) text += ", block " + index_text(current->block->index);
-    if (current) text += ", thread " + index_text(current->index);
-    return text + "\n";
-}
-
 void stop(Place here, const char* format, ...) {
+    char what[2048];
     va_list arguments;
     va_start(arguments, format);
-    std::string text = "cpu_cuda: " + text_of_list(format, arguments) + "\n";
+    vsnprintf(what, sizeof what, format, arguments);
     va_end(arguments);
-    if (here.file) text += text_of("    at %s:%d\n", here.file, here.line);
-    report(text + kernel_text());
+    report(std::string("cpu_cuda: ") + what + "\n" + (here.file ? "    at " + text_of(here) + "\n" : ""));
 }
 
-static unsigned lane_of(const Thread* t) { return t->number % WARP; }
-
-static const char* what_of(const Thread* t) {
-    if (t->wait == AT_WARP) return t->warp->arrivals[lane_of(t)].what;
-    if (t->wait == AT_BARRIER) return "the block's barrier";
-    return t->wait == AT_GRID ? "the grid's barrier" : "__nanosleep";
-}
-
-static bool waits(const Thread* t) { return t->wait != RUNNING && t->warp->live >> lane_of(t) & 1; }
-
-// Whether b waits where a does: in the same block, at the same line, for the same.
-static bool same_wait(const Thread* a, const Thread* b) {
-    if (!waits(b) || a->block != b->block || a->wait != b->wait) return false;
-    if (!same_place(a->place, b->place)) return false;
-    if (a->wait != AT_WARP) return true;
-    const Warp::Arrival &x = a->warp->arrivals[lane_of(a)], &y = b->warp->arrivals[lane_of(b)];
-    return x.mask == y.mask && !strcmp(x.what, y.what);
-}
-
-// A line about the threads that wait where threads[first] does.
-static std::string group_text(const std::vector<Thread>& threads, size_t first, std::vector<bool>* told) {
-    const Thread* one = &threads[first];
-    std::string numbers;
-    for (size_t i = first; i < threads.size(); i++) {
-        size_t begin = i;
-        for (; i < threads.size() && same_wait(one, &threads[i]); i++) (*told)[i] = true;
-        if (i == begin) continue;
-        numbers += text_of(numbers.empty() ? " %d" : ", %d", threads[begin].number);
-        if (i > begin + 1) numbers += text_of("-%d", threads[i - 1].number);
-    }
-    std::string text = "    block " + index_text(one->block->index) + ", threads" + numbers;
-    text += text_of(": wait at %s:%d in %s", one->place.file, one->place.line, what_of(one));
-    if (one->wait == AT_WARP) text += text_of(", mask 0x%08x", one->warp->arrivals[lane_of(one)].mask);
-    return text + "\n";
+// What t does, in words that are the same for all that wait with it; empty if it may run.
+static std::string state_of(const Thread& t) {
+    if (!(t.warp->live & t.bit())) return "exited";
+    if (t.warp->ready & t.bit()) return "";
+    char mask[32] = "";
+    if (t.mask) snprintf(mask, sizeof mask, ", mask 0x%08x", t.mask);
+    return "wait at " + text_of(t.place) + " in " + t.what + mask;
 }
 
 // A mistake of several threads: who waits where.
 [[noreturn]] static void report_waiting(const std::string& what) {
     const size_t most = 16;                     // lines
-    const std::vector<Thread>& threads = worker->threads;
-    std::vector<bool> told(threads.size());
-    std::string text = "cpu_cuda: " + what + "\n";
-    size_t lines = 0;
-    for (size_t i = 0; i < threads.size() && lines < most; i++) {
-        if (told[i] || !waits(&threads[i])) continue;
-        text += group_text(threads, i, &told);
-        lines++;
+    std::map<std::string, std::vector<unsigned>> groups;
+    for (const Thread& t : worker->threads) {
+        std::string state = state_of(t);
+        if (state.empty() || groups.size() == most) continue;
+        groups["block " + text_of(t.block->index) + " " + state].push_back(t.number);
     }
-    size_t exited = threads.size() - worker->live;
-    if (exited) text += text_of("    exited: %zu threads\n", exited);
+    std::string text = "cpu_cuda: " + what + "\n";
+    for (auto& [state, threads] : groups) {
+        text += "    " + std::to_string(threads.size()) + " threads from " + std::to_string(threads.front());
+        text += " to " + std::to_string(threads.back()) + " of " + state + "\n";
+    }
     current = nullptr;
-    report(text + kernel_text());
+    report(text);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -253,232 +190,103 @@ extern "C" void cpu_cuda_switch(void** save, void* load);
 __asm__(R"(
     .text
     .globl cpu_cuda_switch
-    .type cpu_cuda_switch, @function
 cpu_cuda_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
+    .irp register, rbp, rbx, r12, r13, r14, r15
+    pushq %\register
+    .endr
     movq %rsp, (%rdi)
     movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
+    .irp register, r15, r14, r13, r12, rbx, rbp
+    popq %\register
+    .endr
     ret
-    .size cpu_cuda_switch, .-cpu_cuda_switch
 )");
 
-static char* stack_bottom(const Worker* w, int stack) { return w->stacks + (size_t)stack * STRIDE + PAGE; }
-
-// Addresses; a page takes memory when it is touched.
-static char* map_memory(size_t size, int protection) {
-    void* memory = mmap(nullptr, size, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) stop({}, "no room for %zu MB of stacks or shared memory", size >> 20);
-    return (char*)memory;
+// Goes on with another stack. Where this one is left is put into *save, or nowhere if it has ended.
+NO_ADDRESS static void switch_stack(void** save, void* load, const void* bottom, size_t size) {
+    void *fake_stack = nullptr, *dead;
+    if (address_sanitizer) __sanitizer_start_switch_fiber(save ? &fake_stack : nullptr, bottom, size);
+    cpu_cuda_switch(save ? save : &dead, load);
+    if (address_sanitizer) __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
-// A stack with a closed page below it.
-static int take_stack(Worker* w) {
-    if (!w->free_stacks.empty()) {
-        int stack = w->free_stacks.back();
-        w->free_stacks.pop_back();
-        return stack;
+// Makes stacks, each with a closed page below it, for all resident threads.
+static void open_stacks(Worker* w) {
+    constexpr int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    if (!w->stacks) w->stacks = (char*)mmap(nullptr, MOST_STACKS * STRIDE, PROT_NONE, kind, -1, 0);
+    for (; w->open_stacks < w->threads.size(); w->open_stacks++) {
+        char* bottom = w->stacks + w->open_stacks * STRIDE + PAGE;
+        if (w->open_stacks == MOST_STACKS || mprotect(bottom, STACK, PROT_READ | PROT_WRITE))
+            stop({}, "%zu threads at once, and stacks for %zu", w->threads.size(), w->open_stacks);
     }
-    if (!w->stacks) w->stacks = map_memory(MOST_STACKS * STRIDE, PROT_NONE);
-    int stack = w->stack_count++;
-    if ((size_t)stack == MOST_STACKS || mprotect(stack_bottom(w, stack), STACK, PROT_READ | PROT_WRITE))
-        stop({}, "%d threads wait at once, and there is no stack for another", stack);
-    return stack;
 }
 
-static bool in_stacks(const Worker* w, const void* p) {
-    return w && w->stacks && (char*)p >= w->stacks && (char*)p < w->stacks + (size_t)w->stack_count * STRIDE;
+bool on_fiber_stack(const void* p) {
+    return worker && (char*)p >= worker->stacks && (char*)p < worker->stacks + worker->open_stacks * STRIDE;
 }
-
-bool on_fiber_stack(const void* p) { return in_stacks(worker, p); }
 
 bool on_guard_page(const void* p) {
-    return in_stacks(worker, p) && (size_t)((char*)p - worker->stacks) % STRIDE < PAGE;
+    return on_fiber_stack(p) && (size_t)((char*)p - worker->stacks) % STRIDE < PAGE;
 }
 
 static void fiber_main();
 
-// A stack pointer from which cpu_cuda_switch enters fiber_main.
-NO_ADDRESS static void* new_fiber(Worker* w, Thread* t) {
-    t->stack = take_stack(w);
-    w->starting = t;
+// Gives t a stack from which cpu_cuda_switch enters fiber_main.
+NO_ADDRESS static void new_fiber(Worker* w, Thread* t) {
+    size_t i = (size_t)(t - w->threads.data());
     // Stacks whose tops agree modulo a page would fight for the same sets of the cache.
-    size_t colour = (size_t)t->stack * 832 % PAGE & ~(size_t)63;
-    void** top = (void**)(stack_bottom(w, t->stack) + STACK - colour);
-    *--top = nullptr;                           // where fiber_main would return to
-    *--top = (void*)fiber_main;
-    for (int i = 0; i < 6; i++) *--top = nullptr;
-    return top;
+    size_t colour = i * 832 % PAGE & ~(size_t)63;
+    t->stack = w->stacks + i * STRIDE + PAGE;
+    void** top = (void**)(t->stack + STACK - colour) - 8;       // six registers, and where to go
+    top[6] = (void*)fiber_main;
+    t->stack_pointer = top;
 }
 
 // ------------------------------------------------------------------------------------------------
 // Which thread runs next
 
-static unsigned next_random(Worker* w) {
-    w->random ^= w->random << 13;
-    w->random ^= w->random >> 17;
-    w->random ^= w->random << 5;
-    return w->random;
-}
+static void make_ready(Thread* t) { t->warp->ready |= t->bit(); }
 
-static void make_ready(Worker* w, Thread* t) { w->ready[t->warp->slot] |= 1u << lane_of(t); }
-
-// The first set bit after `turn`, around the end; before it in reverse.
-static unsigned next_lane(unsigned ready, unsigned turn, bool reverse) {
-    if (reverse) {
-        unsigned before = ready & ((1u << turn) - 1);
-        return 31 - (unsigned)__builtin_clz(before ? before : ready);
-    }
-    unsigned after = ready & ~((2u << turn) - 1);
-    return (unsigned)__builtin_ctz(after ? after : ready);
-}
-
-// The warp after `turn` (before it, in reverse) with a lane that may run, or null. `turn` itself comes last.
-static Warp* next_warp(Worker* w, unsigned turn) {
-    unsigned count = (unsigned)w->warps.size(), step = w->order == REVERSE ? count - 1 : 1;
-    for (unsigned i = 0; i < count; i++) {
-        turn = turn + step < count ? turn + step : turn + step - count;
-        if (w->ready[turn]) return &w->warps[turn];
+// The next warp with a lane that may run, or null: the one that ran last comes last.
+static Warp* next_warp(Worker* w) {
+    size_t count = w->warps.size(), i = (size_t)(w->warp - w->warps.data());
+    if (w->order == RANDOM) i = w->random() % count;
+    for (size_t tried = 0; tried < count; tried++) {
+        i = (w->order == REVERSE ? i + count - 1 : i + 1) % count;
+        if (w->warps[i].ready) return &w->warps[i];
     }
     return nullptr;
 }
 
 // Takes the thread to run next off the ready ones; null if there is none.
 static Thread* pick(Worker* w, bool leave_warp) {
-    Warp* warp = &w->warps[w->turn];
     bool random = w->order == RANDOM;
-    if (random && next_random(w) % 256 < w->leave) leave_warp = true;
-    if (leave_warp || !w->ready[w->turn]) {
-        unsigned turn = random ? next_random(w) % (unsigned)w->warps.size() : w->turn;
-        warp = next_warp(w, turn);
-        if (!warp) return nullptr;
-        w->turn = warp->slot;
-    }
-    unsigned turn = random ? next_random(w) % WARP : warp->turn;
-    unsigned lane = next_lane(w->ready[warp->slot], turn, w->order == REVERSE);
-    warp->turn = lane;
-    w->ready[warp->slot] &= ~(1u << lane);
-    return warp->lane0 + lane;
-}
-
-// Whether t never ran; from now on it has.
-static bool take_fresh(Thread* t) {
-    unsigned bit = 1u << lane_of(t);
-    bool fresh = t->warp->fresh & bit;
-    t->warp->fresh &= ~bit;
-    return fresh;
+    Warp* warp = w->warp;
+    if (leave_warp || !warp->ready || (random && w->random() % 256 < w->leave)) warp = next_warp(w);
+    if (!warp) return nullptr;
+    w->warp = warp;
+    if (random) warp->turn = w->random() % WARP;
+    do {
+        warp->turn = (w->order == REVERSE ? warp->turn - 1 : warp->turn + 1) % WARP;
+    } while (!(warp->ready >> warp->turn & 1));
+    warp->ready &= ~(1u << warp->turn);
+    return warp->lane0 + warp->turn;
 }
 
 // ------------------------------------------------------------------------------------------------
 // Threads: running, waiting, exiting
 
-static void enter(Worker* w, Thread* t) {
+static void enter(Thread* t) {
     current = t;
     thread_index = t->index;
-    t->wait = RUNNING;
-    if (w->block == t->block) return;
-    w->block = t->block;
     block_index = t->block->index;
 }
 
-// Saves this stack's state in *save and goes on with t, on a new fiber if it never ran.
-NO_ADDRESS static void switch_to(Worker* w, Thread* t, void** save, void** fake_stack) {
-    void* stack_pointer;
-    if (take_fresh(t)) {
-        stack_pointer = new_fiber(w, t);
-    } else {
-        enter(w, t);
-        stack_pointer = t->stack_pointer;
-    }
-    __sanitizer_start_switch_fiber(fake_stack, stack_bottom(w, t->stack), STACK);
-    cpu_cuda_switch(save, stack_pointer);
-}
-
-// More than spinning happened.
-static void progress(Worker* w) {
-    if (w->spins >= PATIENCE) w->grid->busy++;
-    w->spins = 0;
-}
-
-// Lets others run until somebody has made the current thread ready again.
-__attribute__((noinline)) static void wait(Wait kind, Place here) {
-    Worker* w = worker;
-    Thread* me = current;
-    me->wait = kind;
-    me->place = here;
-    if (kind != SPINNING && w->spins) progress(w);
-    Thread* next = pick(w, kind == SPINNING);
-    if (!next) report_waiting("deadlock: no thread can go on");
-    if (next == me) {
-        me->wait = RUNNING;
-        return;
-    }
-    void* fake_stack = nullptr;                 // AddressSanitizer's
-    switch_to(w, next, &me->stack_pointer, &fake_stack);
-    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-}
-
-static void release_block(Worker* w, std::vector<Thread*>& arrived);
-
-// No lane may wait for one that has gone.
-static void check_left_behind(const Thread* t) {
-    for (unsigned waiting = t->warp->waiting; waiting; waiting &= waiting - 1) {
-        const Warp::Arrival& arrival = t->warp->arrivals[__builtin_ctz(waiting)];
-        if (arrival.mask >> lane_of(t) & 1)
-            stop(arrival.place, "%s: lane %d waits with mask 0x%08x, but lane %u has exited", arrival.what,
-                 __builtin_ctz(waiting), arrival.mask, lane_of(t));
-    }
-}
-
-static void exit_thread(Worker* w, Thread* t) {
-    if (w->spins) progress(w);
-    if (t->warp->waiting) check_left_behind(t);
-    t->warp->live &= ~(1u << lane_of(t));
-    w->live--;
-    Block* block = t->block;
-    block->live--;
-    std::vector<Thread*>& arrived = block->arrived[0];
-    if (!arrived.empty() && arrived.size() == block->live) release_block(w, arrived);   // exited is arrived
-    current = nullptr;
-}
-
-// A fiber: runs its first thread, then every next one that never ran; then it ends.
-NO_ADDRESS static void fiber_main() {
-    Worker* w = worker;
-    Thread* t = w->starting;
-    const void* left_bottom;                    // of the stack that was left: at first the worker's own
-    size_t left_size;
-    __sanitizer_finish_switch_fiber(nullptr, &left_bottom, &left_size);
-    if (!w->home_bottom) {
-        w->home_bottom = left_bottom;
-        w->home_size = left_size;
-    }
-    const Launch& launch = w->grid->launch;
-    int stack = t->stack;
-    do {
-        t->stack = stack;
-        enter(w, t);
-        launch.call(launch.arguments);
-        exit_thread(w, t);
-        t = pick(w, false);
-    } while (t && t->warp->fresh >> lane_of(t) & 1 && take_fresh(t));
-    w->free_stacks.push_back(stack);
-    void* dead;
-    if (t) switch_to(w, t, &dead, nullptr);
-    if (w->live) report_waiting("deadlock: no thread can go on");
-    __sanitizer_start_switch_fiber(nullptr, w->home_bottom, w->home_size);
-    cpu_cuda_switch(&dead, w->home);
-    __builtin_unreachable();
+// Goes on with t, which has a stack or gets one.
+static void switch_to(Worker* w, Thread* t, void** save) {
+    if (!t->stack_pointer) new_fiber(w, t);
+    enter(t);
+    switch_stack(save, t->stack_pointer, t->stack, STACK);
 }
 
 static Thread* in_kernel(const char* what, Place here) {
@@ -486,71 +294,113 @@ static Thread* in_kernel(const char* what, Place here) {
     return current;
 }
 
+static bool same_text(const char* a, const char* b) { return a == b || !strcmp(a, b); }
+
+// The current thread is about to wait for others, in `what`.
+static Thread* arrive(const char* what, Place here, unsigned mask = 0) {
+    Thread* me = in_kernel(what, here);
+    me->what = what;
+    me->place = here;
+    me->mask = mask;
+    return me;
+}
+
+// Lets others run until somebody has made the current thread ready again.
+__attribute__((noinline)) static void wait(bool spins = false) {
+    Worker* w = worker;
+    Thread* me = current;
+    if (!spins) w->spins.store(0, std::memory_order_relaxed);
+    Thread* next = pick(w, spins);
+    if (!next) report_waiting("deadlock: no thread can go on");
+    if (next != me) switch_to(w, next, &me->stack_pointer);
+}
+
+static void check_mask(const Thread* t);
+static void release(Barrier* barrier);
+
+static void exit_thread(Worker* w, Thread* t) {
+    Warp* warp = t->warp;
+    Block* block = t->block;
+    Barrier* barrier = &block->barriers[0];
+    w->spins.store(0, std::memory_order_relaxed);
+    w->live--;
+    block->live--;
+    warp->live &= ~t->bit();
+    each_lane(warp->waiting, [=](int lane) { check_mask(warp->lane0 + lane); });
+    if (block->live && barrier->arrived.size() == block->live) release(barrier);        // exited is arrived
+    t->stack_pointer = nullptr;
+    current = nullptr;
+}
+
+// A fiber: runs its first thread, then every next one that never ran; then it ends.
+NO_ADDRESS static void fiber_main() {
+    Worker* w = worker;
+    Thread* t = current;
+    char* stack = t->stack;
+    bool first = !w->home_size;                 // entered from the worker's own stack
+    auto home = first ? &w->home : nullptr;
+    auto home_size = first ? &w->home_size : nullptr;
+    const Launch& launch = w->grid->launch;
+    if (address_sanitizer) __sanitizer_finish_switch_fiber(nullptr, home, home_size);
+    do {
+        enter(t);
+        t->stack = stack;
+        launch.call(launch.arguments);
+        exit_thread(w, t);
+        t = pick(w, false);
+    } while (t && !t->stack_pointer);
+    if (t) switch_to(w, t, nullptr);
+    if (w->live) report_waiting("deadlock: no thread can go on");
+    switch_stack(nullptr, w->home_pointer, w->home, w->home_size);
+}
+
 // ------------------------------------------------------------------------------------------------
 // Barriers of a block and of the grid
 
-static void release(Worker* w, std::vector<Thread*>& arrived) {
+static void release(Barrier* barrier) {
+    std::vector<Thread*>& arrived = barrier->arrived;
+    barrier->result = barrier->votes;
+    barrier->votes = 0;
+    if (checking && barrier == &worker->at_grid) check::grid_barrier();
+    if (checking && barrier != &worker->at_grid) check::barrier(arrived.data(), arrived.size());
     for (Thread* t : arrived)
-        if (t != current) make_ready(w, t);
+        if (t != current) make_ready(t);
     arrived.clear();
 }
 
-static void release_block(Worker* w, std::vector<Thread*>& arrived) {
-    size_t count = 0;
-    for (Thread* t : arrived) count += (size_t)(t->result & 1);
-    BlockVote vote = (BlockVote)(arrived[0]->result >> 1);
-    int result = vote == VOTE_OR ? count > 0 : vote == VOTE_AND ? count == arrived.size() : (int)count;
-    for (Thread* t : arrived) t->result = result;
-    if (checking) check::barrier(arrived.data(), arrived.size());
-    release(w, arrived);
-}
-
-// The current thread joins those that have arrived, which have to be at the same line.
-static void join(std::vector<Thread*>& arrived, Wait kind, const char* what, Place here) {
-    Thread* me = current;
-    me->wait = kind;
-    me->place = here;
-    if (!arrived.empty() && !same_place(arrived[0]->place, here))
-        report_waiting(std::string(what) + ": divergent barrier: threads wait for one another at two lines");
-    arrived.push_back(me);
-}
-
-int block_barrier(BlockVote vote, int predicate, const char* what, Place here) {
-    Thread* me = in_kernel(what, here);
-    std::vector<Thread*>& arrived = me->block->arrived[0];
-    me->result = vote << 1 | (predicate != 0);
-    join(arrived, AT_BARRIER, what, here);
-    if (arrived.size() == me->block->live) {
-        release_block(worker, arrived);
-    } else {
-        wait(AT_BARRIER, here);
+// Waits for others at the same barrier, which agree in `expected` and, but for a named barrier, in the line.
+static int meet(Barrier* barrier, bool named, unsigned expected, int vote, const char* what, Place here) {
+    Thread* me = arrive(what, here);
+    if (!barrier->arrived.empty()) {
+        const Thread* other = barrier->arrived[0];
+        bool same_line = other->place.line == here.line && same_text(other->place.file, here.file);
+        if (named ? barrier->expected != expected : !same_line) report_waiting("divergent barrier");
     }
-    return me->result;
+    barrier->expected = expected;
+    barrier->arrived.push_back(me);
+    barrier->votes += vote;
+    if (barrier->arrived.size() == expected) release(barrier);
+    else wait();
+    return barrier->result;
+}
+
+int block_barrier(int predicate, const char* what, Place here) {
+    Block* block = in_kernel(what, here)->block;
+    return meet(&block->barriers[0], false, block->live, predicate != 0, what, here);
 }
 
 void named_barrier(int id, int threads, Place here) {
-    Thread* me = in_kernel("bar.sync", here);
-    std::vector<Thread*>& arrived = me->block->arrived[id & 15];
-    if (id < 1 || id > 15) stop(here, "bar.sync: found barrier %d, expected 1 to 15 (0: __syncthreads)", id);
-    if (threads <= 0 || threads % WARP || (unsigned)threads > (me->block->threads + WARP - 1) / WARP * WARP)
-        stop(here, "bar.sync: found %d threads, expected a multiple of 32 that the block has", threads);
-    if (!arrived.empty() && arrived[0]->result != threads)
-        stop(here, "bar.sync: barrier %d waits for %d and for %d threads", id, arrived[0]->result, threads);
-    me->result = threads;
-    arrived.push_back(me);
-    if (arrived.size() < (size_t)threads) return wait(AT_BARRIER, here);
-    if (checking) check::barrier(arrived.data(), arrived.size());
-    release(worker, arrived);
+    Block* block = in_kernel("bar.sync", here)->block;
+    bool fits = threads > 0 && threads <= (int)block->threads + WARP - 1 && threads % WARP == 0;
+    if (id < 1 || id > 15 || !fits)
+        stop(here, "bar.sync: found barrier %d, %d threads, expected 1 to 15, whole warps", id, threads);
+    meet(&block->barriers[id], true, (unsigned)threads, 0, "bar.sync", here);
 }
 
 void grid_barrier(Place here) {
     in_kernel("grid.sync", here);
-    Worker* w = worker;
-    if (!w->grid->launch.cooperative) stop(here, "grid.sync in a launch that is not cooperative");
-    join(w->at_grid, AT_GRID, "grid.sync", here);
-    if (w->at_grid.size() < w->threads.size()) return wait(AT_GRID, here);
-    if (checking) check::grid_barrier();
-    release(w, w->at_grid);
+    if (!worker->grid->launch.cooperative) stop(here, "grid.sync in a launch that is not cooperative");
+    meet(&worker->at_grid, false, (unsigned)worker->threads.size(), 0, "grid.sync", here);
 }
 
 void fence() {
@@ -563,168 +413,107 @@ void atomic_access(const void* pointer, size_t size, Place here) {
     if (checking && current) check::access(pointer, size, check::ATOMIC, here);
 }
 
-// ------------------------------------------------------------------------------------------------
-// A thread that spins. If all workers do nothing else, nobody is left to end it: that is reported when a
-// worker has gone on as long again, so that it has seen what the others wrote last.
-
+// If all workers only spin, nobody is left to end it: that is reported when a worker has gone on as long
+// again, so that it has seen what the others wrote last.
 void spin_wait(Place here) {
-    if (!current) return;
+    Thread* me = arrive("__nanosleep", here);
     Worker* w = worker;
-    current->wait = SPINNING;
-    current->place = here;
-    if (++w->spins == PATIENCE) w->grid->busy--;
-    if (w->spins == 2 * PATIENCE) {
-        unsigned long long waiting = w->grid->blocks - std::min(w->grid->blocks, w->grid->next.load());
-        if (w->grid->busy == 0)
-            report_waiting(text_of("a spin without end (blocks that have not begun: %llu)", waiting));
+    unsigned spins = w->spins + 1;
+    if (spins == 2 * PATIENCE) {
+        unsigned long long left = w->grid->blocks - std::min(w->grid->blocks, w->grid->next.load());
+        auto hopeless = [](const Worker& other) { return other.spins >= PATIENCE; };
         sched_yield();
-        w->spins = PATIENCE;
+        if (std::all_of(workers(), workers() + options().threads, hopeless))
+            report_waiting("a spin without end; blocks that have not begun: " + std::to_string(left));
+        spins = PATIENCE;
     }
-    make_ready(w, current);
-    wait(SPINNING, here);
+    w->spins.store(spins, std::memory_order_relaxed);
+    make_ready(me);
+    wait(true);
 }
 
 // ------------------------------------------------------------------------------------------------
-// Warp operations: the last lane to arrive does the work for all
+// Warp operations: the last lane to arrive does the work for all. Lanes that wait for one another in
+// different operations, or with different masks, end as a deadlock.
 
-// Lanes a and b wait for one another, but not for the same: neither can ever go on.
-static void check_agreement(Warp* warp, unsigned lane) {
-    const Warp::Arrival& mine = warp->arrivals[lane];
-    for (unsigned others = warp->waiting & mine.mask & ~(1u << lane); others; others &= others - 1) {
-        int other = __builtin_ctz(others);
-        const Warp::Arrival& theirs = warp->arrivals[other];
-        if (!(theirs.mask >> lane & 1)) continue;
-        if (theirs.mask != mine.mask)
-            stop(mine.place, "%s: lane %u names the mask 0x%08x; lane %d, which waits at %s:%d, names 0x%08x",
-                 mine.what, lane, mine.mask, other, theirs.place.file, theirs.place.line, theirs.mask);
-        if (strcmp(theirs.what, mine.what))
-            stop(mine.place, "%s: lane %u meets lane %d, which waits at %s:%d in %s", mine.what, lane, other,
-                 theirs.place.file, theirs.place.line, theirs.what);
+static void check_mask(const Thread* t) {
+    unsigned lane = t->number % WARP, gone = t->mask & ~t->warp->live;
+    if (!(t->mask & t->bit()))
+        stop(t->place, "%s: the mask 0x%08x does not name the calling lane %u", t->what, t->mask, lane);
+    if (!gone) return;
+    unsigned other = (unsigned)__builtin_ctz(gone);
+    const char* why = t->number - lane + other < t->block->threads ? "has exited" : "does not exist";
+    stop(t->place, "%s: the mask 0x%08x of lane %u names lane %u, which %s", t->what, t->mask, lane, other, why);
+}
+
+// Whether all lanes of its mask wait for the same.
+static bool is_last(const Thread* me) {
+    if ((me->warp->waiting & me->mask) != me->mask) return false;
+    for (unsigned lanes = me->mask; lanes; lanes &= lanes - 1) {
+        const Thread* other = me->warp->lane0 + __builtin_ctz(lanes);
+        if (other->mask != me->mask || !same_text(other->what, me->what)) return false;
     }
-}
-
-static void check_mask(const Thread* me, unsigned mask, const char* what, Place here) {
-    unsigned lane = lane_of(me), missing = mask & ~me->warp->live;
-    if (!(mask >> lane & 1))
-        stop(here, "%s: the mask 0x%08x does not name the calling lane %u", what, mask, lane);
-    if (!missing) return;
-    unsigned first = (unsigned)__builtin_ctz(missing);
-    const char* why = me->warp->number * WARP + first < me->block->threads ? "has exited" : "does not exist";
-    stop(here, "%s: the mask 0x%08x names lane %u, which %s", what, mask, first, why);
-}
-
-static bool same_operation(const Warp::Arrival& a, const Warp::Arrival& b) {
-    return a.mask == b.mask && (a.what == b.what || !strcmp(a.what, b.what));
-}
-
-// Whether all lanes of the mask are here for the same. What differs is an error or waits for another group.
-static bool all_arrived(Warp* warp, unsigned lane) {
-    const Warp::Arrival& mine = warp->arrivals[lane];
-    if (!same_operation(warp->arrivals[__builtin_ctz(warp->waiting)], mine)) warp->mixed = true;
-    if (warp->mixed) check_agreement(warp, lane);
-    if ((warp->waiting & mine.mask) != mine.mask) return false;
-    if (!warp->mixed) return true;
-    for (unsigned m = mine.mask; m; m &= m - 1)
-        if (!same_operation(warp->arrivals[__builtin_ctz(m)], mine)) return false;
     return true;
 }
 
-// Waits for the lanes of the mask. True for the last one, which then has to call go_on.
-static bool arrive(void* argument, unsigned mask, const char* what, Place here) {
-    Thread* me = in_kernel(what, here);
-    Warp* warp = me->warp;
-    unsigned lane = lane_of(me);
-    if (mask & ~warp->live || !(mask >> lane & 1)) check_mask(me, mask, what, here);
-    warp->arguments[lane] = argument;
-    warp->arrivals[lane] = {mask, what, here};
-    if (!warp->waiting) warp->mixed = false;
-    warp->waiting |= 1u << lane;
-    if (all_arrived(warp, lane)) return true;
-    wait(AT_WARP, here);
-    return false;
-}
-
-static void go_on(unsigned lanes) {
-    Worker* w = worker;
-    Warp* warp = current->warp;
-    warp->waiting &= ~lanes;
-    w->ready[warp->slot] |= lanes & ~(1u << lane_of(current));
-}
-
 void warp_together(WarpWork work, void* argument, unsigned mask, const char* what, Place here) {
-    if (!arrive(argument, mask, what, here)) return;
+    Thread* me = arrive(what, here, mask);
+    Warp* warp = me->warp;
+    me->argument = argument;
+    check_mask(me);
+    warp->waiting |= me->bit();
+    if (!is_last(me)) return wait();
     void* arguments[WARP];                      // on this fiber's stack, where instrumented code may read it
-    memcpy(arguments, current->warp->arguments, sizeof arguments);
+    each_lane(mask, [&](int lane) { arguments[lane] = warp->lane0[lane].argument; });
     work(arguments, mask);
-    go_on(mask);
+    warp->waiting &= ~mask;
+    warp->ready |= mask & ~me->bit();
 }
 
 void warp_barrier(unsigned mask, Place here) {
-    if (!arrive(nullptr, mask, "__syncwarp", here)) return;
-    if (checking) check::warp_barrier(current->warp, mask);
-    go_on(mask);
+    auto work = [](void**, unsigned lanes) {
+        if (checking) check::warp_barrier(current->warp, lanes);
+    };
+    warp_together(work, nullptr, mask, "__syncwarp", here);
 }
 
 struct Shuffle {
-    void* value;
+    const void* value;
+    void* result;
     size_t size;
-    ShuffleKind kind;
-    int operand, width;
-    const char* what;
-    Place place;
+    int source;
 };
 
 // As the instruction: the operand counts modulo 32; who would read across its segment's end reads itself.
-static int source_lane(const Shuffle* s, int lane) {
-    int operand = s->operand & (WARP - 1), first = lane & ~(s->width - 1), source;
-    if (s->kind == SHUFFLE_INDEX) return first + (operand & (s->width - 1));
-    if (s->kind == SHUFFLE_UP) {
-        source = lane - operand;
-        return source < first ? lane : source;
-    }
-    source = s->kind == SHUFFLE_DOWN ? lane + operand : lane ^ operand;
-    return source >= first + s->width ? lane : source;
-}
-
-static void copy_value(void* to, const void* from, size_t size) {
-    if (size == 4) {                            // most are, and this is no call
-        memcpy(to, from, 4);
-    } else {
-        memcpy(to, from, size);
-    }
-}
-
-static void shuffle_lanes(void** arguments, unsigned lanes) {
-    char values[WARP][16];
-    Shuffle** shuffles = (Shuffle**)arguments;
-    for (unsigned m = lanes; m; m &= m - 1) {
-        int lane = __builtin_ctz(m);
-        copy_value(values[lane], shuffles[lane]->value, shuffles[lane]->size);
-    }
-    for (unsigned m = lanes; m; m &= m - 1) {
-        int lane = __builtin_ctz(m);
-        const Shuffle* s = shuffles[lane];
-        int source = source_lane(s, lane);
-        if (!(lanes >> source & 1))
-            stop(s->place, "%s: lane %d reads lane %d, which takes no part (mask 0x%08x)", s->what, lane,
-                 source, lanes);
-        copy_value(s->value, values[source], s->size);
-    }
-}
-
-void shuffle(void* value, size_t size, ShuffleKind kind, int operand, int width, unsigned mask,
-             const char* what, Place here) {
+void shuffle(const void* value, void* result, size_t size, ShuffleKind kind, int operand, int width,
+             unsigned mask, const char* what, Place here) {
     if (width < 1 || width > WARP || width & (width - 1))
         stop(here, "%s: found width %d, expected a power of two up to 32", what, width);
-    Shuffle s = {value, size, kind, operand, width, what, here};
-    warp_together(shuffle_lanes, &s, mask, what, here);
+    int lane = (int)in_kernel(what, here)->number % WARP, first = lane & -width, source = lane;
+    operand &= WARP - 1;
+    if (kind == SHUFFLE_INDEX) source = first + (operand & (width - 1));
+    if (kind == SHUFFLE_UP && lane - operand >= first) source = lane - operand;
+    if (kind == SHUFFLE_DOWN && lane + operand < first + width) source = lane + operand;
+    if (kind == SHUFFLE_XOR && (lane ^ operand) < first + width) source = lane ^ operand;
+    Shuffle s = {value, result, size, source};
+    auto work = [](void** arguments, unsigned lanes) {
+        each_lane(lanes, [=](int lane) {
+            const Shuffle* s = (Shuffle*)arguments[lane];
+            const Thread* me = current->warp->lane0 + lane;
+            if (!(lanes >> s->source & 1))
+                stop(me->place, "%s: lane %d reads lane %d, which takes no part (mask 0x%08x)", me->what,
+                     lane, s->source, lanes);
+            memcpy(s->result, ((Shuffle*)arguments[s->source])->value, s->size);
+        });
+    };
+    warp_together(work, &s, mask, what, here);
 }
 
 // ------------------------------------------------------------------------------------------------
 // Shared memory. Every byte starts as 0xFF: a float read before it is written is NaN.
 
 static void open_shared(char* p, size_t size) {
-    __asan_unpoison_memory_region(p, size);
+    if (address_sanitizer) __asan_unpoison_memory_region(p, size);
     memset(p, 0xFF, size);
     if (checking) check::shared_begins(p, size);
 }
@@ -732,15 +521,13 @@ static void open_shared(char* p, size_t size) {
 void* shared_variable(const void* tag, size_t size, size_t alignment) {
     constexpr size_t gap = address_sanitizer || checking ? 128 : 0;     // what follows a variable is no other
     Block* block = in_kernel("a __shared__ variable", {})->block;
-    size_t total = size;
+    size_t total = size, dynamic = worker->grid->launch.shared;
     for (const Block::Variable& v : block->variables) {
         if (v.tag == tag) return v.at;
         total += v.size;
     }
-    size_t dynamic = worker->grid->launch.shared;
     if (total > STATIC_LIMIT || total + dynamic > SHARED_LIMIT)
-        stop({}, "shared memory: %zu bytes of variables (limit %zu), %zu dynamic, in all at most %zu",
-             total, STATIC_LIMIT, dynamic, SHARED_LIMIT);
+        stop({}, "shared memory: %zu bytes of variables and %zu dynamic are too many", total, dynamic);
     alignment = std::max(alignment, (size_t)16);
     char* at = block->shared + ((block->shared_used + gap + alignment - 1) & ~(alignment - 1));
     block->shared_used = (size_t)(at + size - block->shared);
@@ -771,175 +558,139 @@ void* shared_pointer(uint32_t address, size_t size, Place here) {
 // ------------------------------------------------------------------------------------------------
 // Running a grid
 
-static unsigned mix(unsigned a, unsigned long long b) {
-    unsigned long long z = (a + 0x9e3779b97f4a7c15u) * (b + 0xbf58476d1ce4e5b9u);
-    return (unsigned)(z >> 32 ^ z) | 1;         // never 0, from which next_random would not move
-}
-
 static uint3 index_of(unsigned long long number, Size3 size) {
-    return {(unsigned)(number % size.x), (unsigned)(number / size.x % size.y),
-            (unsigned)(number / ((unsigned long long)size.x * size.y))};
+    unsigned long long rest = number / size.x;
+    return {(unsigned)(number % size.x), (unsigned)(rest % size.y), (unsigned)(rest / size.y)};
 }
 
 // The block that the order puts at position k.
 static unsigned long long ordered_block(const Grid& grid, unsigned long long k) {
     if (options().order == FORWARD) return k;
     if (options().order == REVERSE) return grid.blocks - 1 - k;
-    unsigned long long step = mix(options().seed, grid.blocks) % grid.blocks | 1;
+    unsigned long long step = std::minstd_rand(options().seed)() % grid.blocks | 1;
     while (std::gcd(step, grid.blocks) != 1) step++;
     return (unsigned long long)(((unsigned __int128)k * step + options().seed) % grid.blocks);
 }
 
-// Lays out the records of `blocks` resident blocks.
-static void prepare(Worker* w, const Grid& grid, size_t blocks) {
+// Lays out the records of `resident` blocks.
+static void prepare(Worker* w, const Grid& grid, size_t resident) {
     Size3 size = grid.launch.block;
     block_size = {size.x, size.y, size.z};
     grid_size = {grid.launch.grid.x, grid.launch.grid.y, grid.launch.grid.z};
-    if (!memcmp(&w->shape, &block_size, sizeof w->shape) && w->blocks.size() == blocks) return;
+    if (!memcmp(&w->shape, &block_size, sizeof w->shape) && w->blocks.size() == resident) return;
     w->shape = block_size;
-    size_t warps = (grid.threads + WARP - 1) / WARP;
-    w->threads.assign(grid.threads * blocks, Thread());
-    w->warps.assign(warps * blocks, Warp());
-    w->blocks.assign(blocks, Block());
-    w->ready.assign(warps * blocks, 0);
+    w->threads.assign(grid.threads * resident, Thread());
+    w->warps.assign(grid.warps * resident, Warp());
+    w->blocks.assign(resident, Block());
+    while (w->arenas.size() < resident) w->arenas.push_back((char*)aligned_alloc(PAGE, ARENA));
     for (size_t i = 0; i < w->threads.size(); i++) {
         Thread* t = &w->threads[i];
-        t->number = (unsigned short)(i % grid.threads);
+        size_t block = i / grid.threads;
+        t->number = (unsigned)(i % grid.threads);
         t->index = index_of(t->number, size);
-        t->block = &w->blocks[i / grid.threads];
-        t->warp = &w->warps[i / grid.threads * warps + t->number / WARP];
-        if (lane_of(t) == 0) t->warp->lane0 = t;
+        t->block = &w->blocks[block];
+        t->warp = &w->warps[block * grid.warps + t->number / WARP];
+        if (t->number % WARP == 0) t->warp->lane0 = t;
     }
-    for (size_t i = 0; i < w->warps.size(); i++) {
-        w->warps[i].number = (unsigned)(i % warps);
-        w->warps[i].slot = (unsigned)i;
-    }
-}
-
-static char* arena(Worker* w, size_t i) {
-    while (w->arenas.size() <= i) w->arenas.push_back(map_memory(ARENA, PROT_READ | PROT_WRITE));
-    return w->arenas[i];
+    open_stacks(w);
 }
 
 static void begin_block(Worker* w, size_t slot, unsigned long long number) {
     const Grid& grid = *w->grid;
+    size_t dynamic = grid.launch.shared;
     Block* block = &w->blocks[slot];
-    block->number = number;
     block->index = index_of(number, grid.launch.grid);
+    block->number = number;
     block->threads = block->live = grid.threads;
-    block->shared = arena(w, slot);
+    block->warps = &w->warps[slot * grid.warps];
+    block->shared = w->arenas[slot];
     block->shared_size = ARENA;
-    block->shared_used = grid.launch.shared;
+    block->shared_used = dynamic;
     block->variables.clear();
     block->copies.clear();
-    for (std::vector<Thread*>& arrived : block->arrived) arrived.clear();
-    size_t warps = (grid.threads + WARP - 1) / WARP;
-    block->warps = &w->warps[slot * warps];
-    for (unsigned i = 0; i < warps; i++) {
-        Warp* warp = block->warps + i;
+    for (unsigned i = 0; i < grid.warps; i++) {
         unsigned lanes = grid.threads - i * WARP;
-        warp->live = warp->fresh = w->ready[warp->slot] = lanes >= WARP ? ~0u : (1u << lanes) - 1;
-        warp->waiting = 0;
+        Warp* warp = block->warps + i;
+        warp->live = warp->ready = lanes >= WARP ? ~0u : (1u << lanes) - 1;
         warp->turn = w->order == REVERSE ? 0 : WARP - 1;
     }
-    __asan_poison_memory_region(block->shared, ARENA);
+    if (address_sanitizer) __asan_poison_memory_region(block->shared, ARENA);
     if (checking) check::block_begins(block);
-    if (grid.launch.shared) open_shared(block->shared, grid.launch.shared);
+    if (dynamic) open_shared(block->shared, dynamic);
 }
 
-// Runs `count` blocks, resident together, to their end.
-static void run_blocks(Worker* w, unsigned long long first, size_t count) {
+// Runs the blocks from `first` on that are resident together, to their end.
+static void run_blocks(Worker* w, unsigned long long first) {
     static const unsigned leaves[] = {0, 4, 64};        // a random order runs warps ahead, or mixes them
-    const Grid& grid = *w->grid;
-    for (size_t slot = 0; slot < count; slot++) begin_block(w, slot, ordered_block(grid, first + slot));
-    w->random = mix(options().seed, first);
-    w->leave = leaves[next_random(w) / 8 % 3];
-    w->turn = w->order == REVERSE ? 0 : (unsigned)w->warps.size() - 1;
-    w->live = grid.threads * (unsigned)count;
-    w->block = nullptr;
-    w->home_bottom = nullptr;
-    void* fake_stack = nullptr;
-    switch_to(w, pick(w, true), &w->home, &fake_stack);
-    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+    for (size_t i = 0; i < w->blocks.size(); i++) begin_block(w, i, ordered_block(*w->grid, first++));
+    w->random.seed((options().seed * 7919 + (unsigned)first) * 2654435761u);
+    w->random.discard(4);
+    w->leave = leaves[w->random() % 3];
+    w->warp = w->order == REVERSE ? &w->warps.front() : &w->warps.back();
+    w->live = w->threads.size();
+    switch_to(w, pick(w, true), &w->home_pointer);
     if (checking)
         for (Block& block : w->blocks) check::block_ends(&block);
 }
 
-static std::vector<Worker*>& workers() {
-    static std::vector<Worker*>& all = *new std::vector<Worker*>;
-    return all;
-}
-
-// Worker `number`'s share of the grid.
-static void run_share(Grid* grid, int number) {
+// One worker's share of the grid.
+static void run_share(Worker* w) {
     DeviceCode open;
-    Worker* w = worker = workers()[(size_t)number];
-    w->grid = grid;
-    w->order = options().order;
+    worker = w;
+    Grid* grid = w->grid;
     size_t resident = grid->launch.cooperative ? grid->blocks : 1;
     prepare(w, *grid, resident);
-    w->at_grid.clear();
+    w->home_size = 0;
     for (;;) {
         unsigned long long first = grid->next.fetch_add(resident);
         if (first >= grid->blocks) break;
-        run_blocks(w, first, resident);
+        run_blocks(w, first);
     }
-    grid->busy--;
+    w->spins = ~0u;
     w->grid = nullptr;
     worker = nullptr;
 }
 
-// Threads 1, 2, ... that wait for a grid; the caller of run_grid is number 0.
-struct Pool {
-    std::mutex lock;
-    std::condition_variable begin, end;
-    Grid* grid = nullptr;
-    unsigned launches = 0;
-    int running = 0;
+static void wait_for(sem_t* event) {
+    while (sem_wait(event)) {}                  // interrupted
+}
 
-    Pool() {
-        for (int i = 1; i < options().threads; i++) std::thread(&Pool::serve, this, i).detach();
+// The caller of run_grid is the first of them.
+static Worker* workers() {
+    static Worker* all = nullptr;
+    if (all) return all;
+    all = new Worker[(size_t)options().threads];
+    for (Worker* w = all + 1; w < all + options().threads; w++) {
+        sem_init(&w->begin, 0, 0);
+        sem_init(&w->end, 0, 0);
+        std::thread([w] {
+            for (;;) {
+                wait_for(&w->begin);
+                run_share(w);
+                sem_post(&w->end);
+            }
+        }).detach();
     }
-
-    void serve(int number) {
-        std::unique_lock<std::mutex> hold(lock);
-        for (unsigned seen = 0;; seen++) {
-            begin.wait(hold, [&] { return launches != seen; });
-            hold.unlock();
-            run_share(grid, number);
-            hold.lock();
-            if (--running == 0) end.notify_one();
-        }
-    }
-
-    void run(Grid* next) {
-        std::unique_lock<std::mutex> hold(lock);
-        grid = next;
-        launches++;
-        running = options().threads - 1;
-        hold.unlock();
-        begin.notify_all();
-        run_share(next, 0);
-        hold.lock();
-        end.wait(hold, [&] { return running == 0; });
-    }
-};
+    return all;
+}
 
 void run_grid(const Launch& launch) {
     const unsigned long long small = 2048;      // threads that are run before another worker wakes up
     const Size3 &g = launch.grid, &b = launch.block;
     unsigned long long blocks = (unsigned long long)g.x * g.y * g.z;
     unsigned threads = b.x * b.y * b.z;
-    bool alone = launch.cooperative || options().threads == 1 || blocks == 1 || blocks * threads <= small;
-    Grid grid = {launch, blocks, threads, {0}, {alone ? 1 : options().threads}};
-    while (workers().size() < (size_t)options().threads) workers().push_back(new Worker);
+    bool alone = launch.cooperative || blocks == 1 || blocks * threads <= small;
+    int count = alone ? 1 : options().threads;
+    Grid grid = {launch, blocks, threads, (threads + WARP - 1) / WARP};
+    Worker* w = workers();
     if (checking) check::launch_begins(launch);
-    if (alone) {
-        run_share(&grid, 0);
-    } else {
-        static Pool& pool = *new Pool;
-        pool.run(&grid);
+    for (int i = 0; i < count; i++) {
+        w[i].grid = &grid;
+        w[i].spins = 0;
     }
+    for (int i = 1; i < count; i++) sem_post(&w[i].begin);
+    run_share(w);
+    for (int i = 1; i < count; i++) wait_for(&w[i].end);
     if (checking) check::launch_ends();
 }
 

@@ -2,10 +2,6 @@
 
 #include <cooperative_groups.h>
 #include <cooperative_groups/reduce.h>
-#include <math.h>
-
-#include <type_traits>
-
 #include "test.h"
 
 namespace cg = cooperative_groups;
@@ -48,7 +44,6 @@ static bool as_expected(int threads, Results* out = NULL) {
 
 __global__ void shuffles(Results* r) {
     int lane = threadIdx.x % 32, value = 100 + lane;
-    EXPECT(__shfl_sync(ALL, value, 3) == 103);
     EXPECT(__shfl_sync(ALL, value, 35) == 103);                         // modulo the width
     EXPECT(__shfl_sync(ALL, value, 31 - lane) == 131 - lane);
     EXPECT(__shfl_sync(ALL, value, 11, 8) == 100 + lane / 8 * 8 + 3);
@@ -61,7 +56,6 @@ __global__ void shuffles(Results* r) {
     EXPECT(__shfl_xor_sync(ALL, lane + 0.25, 1) == (lane ^ 1) + 0.25);
     EXPECT(__shfl_xor_sync(ALL, lane + 0.5f, 16) == (lane ^ 16) + 0.5f);
     EXPECT(__shfl_down_sync(ALL, 1ull << 40 | lane, 1, 2) == (1ull << 40 | (lane | 1)));
-    EXPECT(__shfl_xor_sync(ALL, -5000000000ll - lane, 31) == -5000000000ll - (lane ^ 31));
     EXPECT(__shfl_sync(lane < 16 ? 0xffffu : 0xffff0000u, value, lane & 16) == 100 + (lane & 16));
     FINISHED();
 }
@@ -88,11 +82,6 @@ __global__ void votes(Results* r) {
     EXPECT(__ballot_sync(ALL, lane < 5) == 31);
     EXPECT(__any_sync(ALL, lane == 7) && !__any_sync(ALL, lane == 32));
     EXPECT(__all_sync(ALL, 1 << lane) && !__all_sync(ALL, lane));
-    EXPECT(__match_any_sync(ALL, lane / 8) == 0xffu << lane / 8 * 8);
-    EXPECT(__match_any_sync(ALL, (lane & 1) * 0.5f) == (lane & 1 ? 0xaaaaaaaa : 0x55555555));
-    int same;
-    EXPECT(__match_all_sync(ALL, 7ull << 33, &same) == ALL && same == 1);
-    EXPECT(__match_all_sync(ALL, lane, &same) == 0 && same == 0);
     EXPECT(__reduce_add_sync(ALL, lane - 16) == -16);
     EXPECT(__reduce_min_sync(ALL, lane - 3) == -3 && __reduce_max_sync(ALL, lane - 40) == -9);
     EXPECT(__reduce_min_sync(ALL, lane - 1u) == 0 && __reduce_max_sync(ALL, lane - 1u) == ALL);
@@ -110,14 +99,12 @@ __global__ void tiles(Results* r) {
     auto four = cg::tiled_partition<4>(warp);
     auto eight = cg::tiled_partition<8>(block);
     int rank = block.thread_rank();
-    EXPECT(block.size() == 96 && rank == int(threadIdx.x + 8 * threadIdx.y));
+    EXPECT(block.size() == 96 && rank == int(threadIdx.x + 8 * threadIdx.y) && four.size() == 4);
     EXPECT(warp.meta_group_size() == 3 && four.meta_group_size() == 8 && eight.meta_group_size() == 12);
-    EXPECT((int)warp.meta_group_rank() == rank / 32 && (int)four.meta_group_rank() == rank % 32 / 4);
-    EXPECT((int)eight.meta_group_rank() == rank / 8 && (int)four.thread_rank() == rank % 4);
-    EXPECT(four.size() == 4 && eight.num_threads() == 8);
+    EXPECT((int)four.meta_group_rank() == rank % 32 / 4 && (int)eight.meta_group_rank() == rank / 8);
+    EXPECT((int)four.thread_rank() == rank % 4);
     EXPECT(cg::reduce(four, rank, cg::plus<int>()) == 4 * (rank / 4 * 4) + 6);
     EXPECT(cg::reduce(eight, (float)rank, cg::greater<float>()) == rank / 8 * 8 + 7);
-    EXPECT(cg::reduce(warp, 1u << rank % 32, cg::bit_xor<unsigned>()) == ALL);
     EXPECT(four.shfl(rank, 2) == rank / 4 * 4 + 2 && four.shfl_xor(rank, 3) == (rank ^ 3));
     EXPECT(eight.shfl_down(rank, 1) == (rank % 8 == 7 ? rank : rank + 1));
     EXPECT(eight.shfl_up(rank, 1) == (rank % 8 ? rank - 1 : rank) && eight.ballot(rank % 8 == 2) == 4);
@@ -126,7 +113,7 @@ __global__ void tiles(Results* r) {
     for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(ALL, sum, distance);
     EXPECT(cg::reduce(warp, value, cg::plus<float>()) == sum);          // the same order, so the same bits
     eight.sync();
-    cg::sync(block);
+    block.sync();
     FINISHED();
 }
 
@@ -219,17 +206,14 @@ __global__ void atomics(Results* r) {
     atomicMin(&r->numbers[2], -i);
     atomicMax(&u[3], (unsigned)i);
     atomicInc(&u[4], 9u);
-    atomicDec(&u[5], 6u);
-    atomicOr(&u[6], 1u << i % 32);
-    atomicXor(&u[7], 1u << i % 8);
-    atomicAnd(&u[8], ~(1u << i % 16));
-    atomicAdd((float*)&u[9], 0.5f);
+    atomicOr(&u[5], 1u << i % 32);
+    atomicXor(&u[6], 1u << i % 8);
+    atomicAnd(&u[7], ~(1u << i % 16));
+    atomicAdd((float*)&u[8], 0.5f);
     atomicAdd((double*)&u[10], 0.25);
     atomicAdd((unsigned long long*)&u[12], 1ull << 31);
-    atomicMax((long long*)&u[14], (long long)i << 33);
-    if (atomicCAS(&u[16], 0u, 7u) == 0) atomicAdd(&u[17], 1u);          // one thread only
-    if (atomicExch(&u[18], 1u) == 0) atomicAdd(&u[19], 1u);
-    atomicCAS((unsigned short*)&u[20] + 1, (unsigned short)0, (unsigned short)9);
+    if (atomicCAS(&u[14], 0u, 7u) == 0) atomicAdd(&u[15], 1u);          // one thread only
+    if (atomicExch(&u[16], 1u) == 0) atomicAdd(&u[17], 1u);
     __threadfence();
     FINISHED();
 }
@@ -251,27 +235,14 @@ __global__ void apply(Results* r, T* values, F f, const T* nothing) {
 }
 
 __global__ void functions(Results* r) {
-    static_assert(std::is_same<decltype(max(1, 2u)), unsigned>::value, "as in CUDA");
-    static_assert(std::is_same<decltype(min(1l, 2l)), long>::value, "as in CUDA");
-    static_assert(std::is_same<decltype(max(1.f, 2.)), double>::value, "as in CUDA");
     float nan = __int_as_float(0x7fc00000), four = 4;
     EXPECT(max(-1, 1u) == ALL && min(3, -2) == -2 && min(nan, 2.f) == 2 && max(2.f, nan) == 2);
-    EXPECT(__popc(0xf0f0) == 8 && __popcll(~0ull) == 64 && __umulhi(0x80000000, 6) == 3);
-    EXPECT(__clz(1) == 31 && __clz(0) == 32 && __clzll(1ll << 40) == 23);
-    EXPECT(__ffs(8) == 4 && __ffs(0) == 0 && __ffsll(1ll << 40) == 41);
+    EXPECT(__popc(0xf0f0) == 8 && __clz(1) == 31 && __clz(0) == 32 && __ffs(8) == 4 && __ffs(0) == 0);
     EXPECT(__float_as_int(1.f) == 0x3f800000 && __uint_as_float(0x40000000) == 2);
-    EXPECT(__longlong_as_double(__double_as_longlong(0.1)) == 0.1);
-    EXPECT(__float2int_rn(2.5f) == 2 && __float2int_rn(-3.5f) == -4 && __float2int_rz(-2.9f) == -2);
-    EXPECT(__float2int_rd(-2.1f) == -3 && __float2int_ru(2.1f) == 3 && __float2int_rn(3e9f) == 0x7fffffff);
-    EXPECT(__float2int_rz(-3e9f) == -0x7fffffff - 1 && __float2int_rz(nan) == 0);
-    EXPECT(__saturatef(nan) == 0 && __saturatef(2) == 1 && __saturatef(-1) == 0 && __saturatef(0.5f) == 0.5f);
     EXPECT(fabsf(rsqrtf(four) - 0.5f) < 1e-6f && fabsf(__expf(four) / expf(four) - 1) < 1e-5f);
-    EXPECT(__fmaf_rn(four, four, 1) == 17 && __fsqrt_rn(four) == 2 && __frcp_rn(four) == 0.25f);
-    EXPECT(__fadd_rn(four, 1) == 5 && __fsub_rn(four, 1) == 3 && __fmul_rn(four, 2) == 8);
-    EXPECT(__fdiv_rn(four, 8) == 0.5f && __fdividef(four, 8) == 0.5f && fabs(rsqrt(16.) - 0.25) < 1e-15);
     float2* pair = (float2*)r->numbers;
     __stcs(&pair[threadIdx.x], make_float2(threadIdx.x, 1));
-    EXPECT(__ldcg(&pair[threadIdx.x]).x == threadIdx.x && __ldcs((float*)&pair[threadIdx.x] + 1) == 1);
+    EXPECT(__ldcs((float*)&pair[threadIdx.x]) == threadIdx.x);
     EXPECT(sizeof(float3) == 12 && alignof(float4) == 16 && alignof(uint2) == 8 && alignof(char4) == 4);
     FINISHED();
 }
@@ -307,21 +278,20 @@ static void test_arguments(void) {
 
 static void test_atomics(void) {
     Results r;
-    OK(cudaMemset(&results->numbers[8], 0xff, 4));
+    OK(cudaMemset(&results->numbers[7], 0xff, 4));
     atomics<<<8, 64>>>(results);
     CHECK(as_expected(512, &r));
     const int* n = r.numbers;
-    CHECK(n[0] == -512 && n[1] == -512 && n[2] == -511 && n[3] == 511);
-    CHECK(n[4] == 512 % 10 && n[5] == 7 - 512 % 7 && n[6] == -1 && n[7] == 0 && n[8] == (int)0xffff0000);
+    CHECK(n[0] == -512 && n[1] == -512 && n[2] == -511 && n[3] == 511 && n[4] == 512 % 10);
+    CHECK(n[5] == -1 && n[6] == 0 && n[7] == (int)0xffff0000);
     float f;
     double d;
-    long long sum, most;
-    memcpy(&f, &n[9], sizeof f);
+    long long sum;
+    memcpy(&f, &n[8], sizeof f);
     memcpy(&d, &n[10], sizeof d);
     memcpy(&sum, &n[12], sizeof sum);
-    memcpy(&most, &n[14], sizeof most);
-    CHECK(f == 256 && d == 128 && sum == 512ll << 31 && most == 511ll << 33);
-    CHECK(n[16] == 7 && n[17] == 1 && n[18] == 1 && n[19] == 1 && n[20] == 9 << 16);
+    CHECK(f == 256 && d == 128 && sum == 512ll << 31);
+    CHECK(n[14] == 7 && n[15] == 1 && n[16] == 1 && n[17] == 1);
 }
 
 static void test_grid(void) {

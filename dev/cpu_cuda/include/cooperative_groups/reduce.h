@@ -14,13 +14,9 @@ namespace cooperative_groups {
 CPU_CUDA_OPERATION(plus, a + b)
 CPU_CUDA_OPERATION(less, b < a ? b : a)
 CPU_CUDA_OPERATION(greater, a < b ? b : a)
-CPU_CUDA_OPERATION(bit_and, a & b)
-CPU_CUDA_OPERATION(bit_or, a | b)
-CPU_CUDA_OPERATION(bit_xor, a ^ b)
-#undef CPU_CUDA_OPERATION
 
-template <unsigned Size, class Parent, class T, class Operation>
-T reduce(const thread_block_tile<Size, Parent>& tile, T value, Operation operation, CPU_CUDA_HERE) {
+template <unsigned Size, class T, class Operation>
+T reduce(const thread_block_tile<Size>& tile, T value, Operation operation, CPU_CUDA_HERE) {
     return cpu_cuda::reduced(tile.mask(), value, operation, "reduce", here);
 }
 

@@ -31,27 +31,31 @@ struct Place {
 // ------------------------------------------------------------------------------------------------
 // A warp. Every lane of `mask` calls; the last to arrive runs `work` once for all of them.
 
-// arguments[lane] is what that lane passed, valid for the lanes in the set `lanes`.
+// arguments[lane] is what that lane passed, for the lanes in the set `lanes`.
 typedef void (*WarpWork)(void** arguments, unsigned lanes);
 
-// Lanes meet when mask and `what` (a string literal, compared by its text) agree. A lane outside its own mask, a lane that has exited
-// or never existed but is in the mask, and different masks or operations that can never meet are reported.
+// Lanes meet when mask and `what` (compared by its text) agree; else they wait, which may end as a deadlock.
+// A mask without the calling lane, or with one that has exited or never existed, is reported.
 void warp_together(WarpWork work, void* argument, unsigned mask, const char* what, Place here);
+
+template <class F>
+void each_lane(unsigned lanes, F f) {
+    for (; lanes; lanes &= lanes - 1) f(__builtin_ctz(lanes));
+}
 
 enum ShuffleKind { SHUFFLE_INDEX, SHUFFLE_UP, SHUFFLE_DOWN, SHUFFLE_XOR };
 
-// value (size <= 16 bytes) is replaced by the source lane's; a source lane that takes no part is reported.
-void shuffle(void* value, size_t size, ShuffleKind kind, int operand, int width, unsigned mask,
-             const char* what, Place here);
+// *result becomes the source lane's value, of `size` bytes; a source lane that takes no part is reported.
+void shuffle(const void* value, void* result, size_t size, ShuffleKind kind, int operand, int width,
+             unsigned mask, const char* what, Place here);
 
 void warp_barrier(unsigned mask, Place here);       // __syncwarp: the only warp operation that orders memory
 
 // ------------------------------------------------------------------------------------------------
-// A block and a grid.
+// A block and a grid
 
-enum BlockVote { VOTE_NONE, VOTE_OR, VOTE_AND, VOTE_COUNT };
-
-int block_barrier(BlockVote vote, int predicate, const char* what, Place here);
+// Returns how many threads' predicate holds.
+int block_barrier(int predicate, const char* what, Place here);
 void named_barrier(int id, int threads, Place here);        // bar.sync id, threads
 void grid_barrier(Place here);                              // of a cooperative launch
 void spin_wait(Place here);                                 // __nanosleep: lets the other threads run
@@ -63,9 +67,7 @@ void* shared_dynamic();                                     // extern __shared__
 // A shared address as PTX has it (32 bits), and back. Both report what is not shared memory of this block.
 uint32_t shared_address(const void* pointer, Place here);
 void* shared_pointer(uint32_t address, size_t size, Place here);
-
-// An atomic operation of `size` bytes is about to happen at `pointer`.
-void atomic_access(const void* pointer, size_t size, Place here);
+void atomic_access(const void* pointer, size_t size, Place here);   // an atomic operation comes next
 
 // ------------------------------------------------------------------------------------------------
 // Launching: `kernel<<<grid, block, shared, stream>>>(a, b)` is rewritten to
@@ -75,6 +77,9 @@ void atomic_access(const void* pointer, size_t size, Place here);
 struct Size3 {
     unsigned x, y, z;
 };
+
+struct Launch;
+typedef void (*PointerVisit)(const Launch&, int position, const void* value);
 
 struct Launch {
     Size3 grid, block;
@@ -87,8 +92,7 @@ struct Launch {
     void (*release)(void* arguments);
     void* arguments;                    // a copy of theirs, owned
     size_t arguments_size;
-    // Calls visit(position, value) for each argument that is a pointer: a host pointer among them is reported.
-    void (*each_pointer)(void* arguments, void (*visit)(const Launch&, int position, const void* value), const Launch&);
+    void (*each_pointer)(void* arguments, PointerVisit visit, const Launch&);   // host pointers are reported
 };
 
 // Checks the limits, then runs it in its stream. Returns the CUDA error, as cudaGetLastError does.
