@@ -83,6 +83,18 @@ verdict "--eval says the same" $?
 "$out/gpu" --out "$out/both" --generate "Once" --tokens 20 --temperature 0 > "$out/a" 2> "$out/log" &&
     ./train_gpt_mhc --out "$out/both" --generate "Once" --tokens 20 --temperature 0 > "$out/b" 2> "$out/log" && cmp "$out/a" "$out/b" > "$out/log"
 verdict "--generate says the same" $?
+
+# --- real use: 100 steps in bf16, on the built-in corpus
+compile train_gpt_mhc.cu "$out/gpu16" BF16
+tiny="--layers 2 --width 32 --heads 2 --seq 32 --batch 4 --steps 100 --lr 3e-3 --warmup 10 --gain-every 0 --val-every 0 --val-batches 4 --tokens 20"
+for trainer in ./train_gpt_mhc "$out/gpu16"; do
+    "$trainer" $tiny --out "$out/run" --overwrite > "$out/log" 2>&1
+    verdict "$trainer: 100 steps" $?
+    grep '"val"' "$out/run/run.jsonl" | sed 's/.*"loss":\([0-9.]*\).*/\1/' >> "$out/hundred"
+done
+awk 'NR == 1 { a = $1 } NR == 2 { b = $1 } END { exit !(a > 0 && b < 1.02 * a && b > 0.98 * a) }' "$out/hundred"
+verdict "bf16: $(tr '\n' ' ' < "$out/hundred")after 100 steps, within 2 %" $?
+
 python=${PYTHON:-/usr/bin/python3}
 if "$python" -c 'import torch' 2> /dev/null; then
     "$out/gpu" $shape --dump "$out/dump" > "$out/log" 2>&1 && "$python" dev/reference/check_dump.py "$out/dump" > "$out/log" 2>&1
