@@ -1,8 +1,8 @@
 // test_gpt_mhc.cu: every kernel of train_gpt_mhc.cu, and the whole step, against the CPU reference.
 //     ./test_gpt_mhc_cuda [part of a test's name]
 //
-// Inputs are rounded to floatX before both sides see them, so that what differs is arithmetic. Relative L2 error per tensor,
-// |a - b| / |b|; NaN fails every comparison.
+// Inputs are rounded to floatX before both sides see them, so that what differs is arithmetic. Relative L2
+// error per tensor, |a - b| / |b|; NaN fails every comparison.
 
 #define TESTING
 #include "train_gpt_mhc.cu"
@@ -10,7 +10,7 @@
 #include <vector>
 
 static int passed, failed;
-static uint64_t bits = 0x9e3779b97f4a7c15u;     // of every result that must not depend on the order of threads
+static uint64_t bits = 0x9e3779b97f4a7c15u; // of every result that must not depend on the order of threads
 
 #define CHECK(condition, ...)                                                   \
     do {                                                                        \
@@ -81,7 +81,8 @@ static void remember_bits(const void* at, size_t bytes) {
 }
 
 // The device's tensor against the reference's: name says which, tolerance is relative L2.
-static void compare(const char* name, const std::vector<float>& device, const std::vector<float>& reference, double tolerance) {
+static void compare(const char* name, const std::vector<float>& device, const std::vector<float>& reference,
+                    double tolerance) {
     double error = relative_error(device, reference);
     remember_bits(device.data(), device.size() * sizeof(float));
     CHECK(error <= tolerance, "%s: relative error %.3g, expected at most %.3g", name, error, tolerance);
@@ -1373,9 +1374,10 @@ static void test_first_nonfinite(void) {
 static const char SMALL[] = "--layers 2 --steps 30 --warmup 4 --lr 3e-3 --save-every 0 ";
 static const char SHAPE[] = "--width 24 --heads 3 --seq 19 --batch 3 ";
 
-// Relative L2 per tensor. fp32: both sides sum in fp32, in other orders. bf16: a rounding is wrong by at most 2^-8, by 2^-8 / sqrt(3) in
-// the mean; a gradient of two blocks comes through about ten roundings in each of four sublayers, there and back: sqrt(80) / sqrt(3) of
-// them add up to 2 %, and four times that is the bound. The loss is a mean over all rows, whose errors average.
+// Relative L2 per tensor. fp32: both sides sum in fp32, in other orders. bf16: a rounding is wrong by at most
+// 2^-8, by 2^-8 / sqrt(3) in the mean; a gradient of two blocks comes through about ten roundings in each of
+// four sublayers, there and back: sqrt(80) / sqrt(3) of them add up to 2 %, and four times that is the bound.
+// The loss is a mean over all rows, whose errors average.
 static const bool BF16 = sizeof(floatX) == 2;
 static const double STEP_TOLERANCE = BF16 ? 0.08 : 1e-5;
 static const double LOSS_TOLERANCE = BF16 ? 1e-3 : 1e-5;
@@ -1413,8 +1415,8 @@ static void start(Run* run, const char* options) {
     memset(run, 0, sizeof *run);
     snprintf(text, sizeof text, "%s/lock", directory);
     unlink(text);               // an earlier run of this process, which is over, holds it
-    snprintf(text, sizeof text, "%s%s--out %s %s %s", SMALL, strstr(options, "--width") ? "" : SHAPE, directory, options,
-             strstr(options, "--resume") ? "" : "--overwrite");
+    snprintf(text, sizeof text, "%s%s--out %s %s %s", SMALL, strstr(options, "--width") ? "" : SHAPE,
+             directory, options, strstr(options, "--resume") ? "" : "--overwrite");
     for (char* word = strtok(text, " "); word; word = strtok(NULL, " ")) words[count++] = word;
     if (!options_parse(&run->o, &run->given, count, words, &e) || !open_run(run, &e)) die("%s", e.text);
     char path[256];
@@ -1422,8 +1424,8 @@ static void start(Run* run, const char* options) {
     if (!runlog_open(&run->log, path, -1, &e)) die("%s", e.text);
 }
 
-// Every parameter random, so that no term hides behind a zero; connections' scales near 1. Weights that the device rounds
-// are set to what it rounded them to, in the reference too.
+// Every parameter random, so that no term hides behind a zero; connections' scales near 1. Weights that the
+// device rounds are set to what it rounded them to, in the reference too.
 static void randomise(Run* run, uint64_t seed) {
     Model* m = &run->model;
     bool near_start = run->c.residual == RESIDUAL_HC;       // whose mixing nothing bounds
@@ -1465,8 +1467,8 @@ static double cosine_of(const std::vector<float>& a, const std::vector<float>& b
     return aa == 0 && bb == 0 ? 1 : dot / sqrt(aa * bb);
 }
 
-// Not among them: mhc with n = 1 (LayerNorm undoes pre, and R is 1: their gradients are rounding), and mixing without pre or post, which
-// streams that are alike do not feel.
+// Not among them: mhc with n = 1 (LayerNorm undoes pre, and R is 1: their gradients are rounding), and mixing
+// without pre or post, which streams that are alike do not feel.
 static const char* const modes[] = {
     "--residual none",
     "--residual plain",
@@ -1481,26 +1483,29 @@ static const char* const modes[] = {
     "--residual mhc --streams 5 --seq 33 --width 40 --heads 5 --batch 1",
 };
 
-// How many of a connection tensor's first numbers say nothing in bf16. LayerNorm takes from the gradient of u what lies along u, so that
-// pre's is a small difference of large terms, most of it rounding; and scale's is a sum over all tokens of terms of both signs. The fp32
-// build compares them, and the kernels' own tests in both.
+// How many of a connection tensor's first numbers say nothing in bf16. LayerNorm takes from the gradient of u
+// what lies along u, so that pre's is a small difference of large terms, most of it rounding; and scale's is
+// a sum over all tokens of terms of both signs. The fp32 build compares them, and the kernels' own tests in
+// both.
 static size_t numbers_of_rounding(const Config* c, const Tensor* t) {
     if (t->spec->init == INIT_HC_SCALE) return tensor_size(t);
     if (t->spec->init == INIT_HC_BASE) return (size_t)c->n;
     return strstr(t->name, "_hc.fn") ? (size_t)(per_stream(c) ? 1 : c->n) * t->cols : 0;
 }
 
-static void compare_gradients(const char* mode, const Run* run, const std::vector<float>& grads, const Reference* r) {
+static void compare_gradients(const char* mode, const Run* run, const std::vector<float>& grads,
+                              const Reference* r) {
     for (int i = 0; i < r->model.tensor_count; i++) {
-        std::vector<float> device = tensor_of(&run->model, grads.data(), i), reference = tensor_of(&r->model, r->model.grads, i);
+        std::vector<float> device = tensor_of(&run->model, grads.data(), i),
+                           reference = tensor_of(&r->model, r->model.grads, i);
         const char* name = r->model.tensors[i].name;
         size_t skipped = BF16 ? numbers_of_rounding(&run->c, &run->model.tensors[i]) : 0;
         device.erase(device.begin(), device.begin() + skipped);
         reference.erase(reference.begin(), reference.begin() + skipped);
         double error = relative_error(device, reference), cosine = cosine_of(device, reference);
         if (getenv("SHOW_ERRORS")) printf("%-60s %-22s error %.2e cosine %.6f\n", mode, name, error, cosine);
-        CHECK(error <= STEP_TOLERANCE, "%s: gradient of %s: relative error %.3g, expected at most %.3g", mode, name, error,
-              STEP_TOLERANCE);
+        CHECK(error <= STEP_TOLERANCE, "%s: gradient of %s: relative error %.3g, expected at most %.3g", mode,
+              name, error, STEP_TOLERANCE);
         CHECK(cosine >= 0.999, "%s: gradient of %s: cosine %.6f", mode, name, cosine);
     }
 }
@@ -1518,14 +1523,16 @@ static void test_step(void) {
         machine_zero_gradients(&run);
         machine_micro_batch(&run);
         machine_gradients(&run, &loss, &norm);
-        double expected = forward_backward(&r.model, &r.acts, run.tokens, run.targets, (int)run.o.batch, run.c.T, 1);
+        double expected =
+            forward_backward(&r.model, &r.acts, run.tokens, run.targets, (int)run.o.batch, run.c.T, 1);
         add_head_gradient(&r.model);
         std::vector<float> grads = device_gradients(&run);
         remember_bits(grads.data(), grads.size() * sizeof(float));
         remember_bits(&loss, sizeof loss);
-        CHECK(fabs(loss / expected - 1) <= LOSS_TOLERANCE, "%s: loss %.7f, expected %.7f", mode, loss, expected);
-        CHECK(fabs(norm / gradient_norm(&r.model) - 1) <= STEP_TOLERANCE, "%s: norm %.7f, expected %.7f", mode, norm,
-              gradient_norm(&r.model));
+        CHECK(fabs(loss / expected - 1) <= LOSS_TOLERANCE, "%s: loss %.7f, expected %.7f", mode, loss,
+              expected);
+        CHECK(fabs(norm / gradient_norm(&r.model) - 1) <= STEP_TOLERANCE, "%s: norm %.7f, expected %.7f",
+              mode, norm, gradient_norm(&r.model));
         compare_gradients(mode, &run, grads, &r);
         reference_close(&r);
         close_run(&run);
@@ -1534,7 +1541,8 @@ static void test_step(void) {
 
 // Twenty updates from the usual start, side by side
 static void test_training(void) {
-    for (const char* mode : {"--residual plain", "--residual hc", "--residual mhc --micro-batches 2 --recompute 3"}) {
+    for (const char* mode :
+         {"--residual plain", "--residual hc", "--residual mhc --micro-batches 2 --recompute 3"}) {
         static Run run;
         Reference r;
         Error e;
@@ -1547,14 +1555,16 @@ static void test_training(void) {
             zero_gradients(&r.model);
             for (int micro = 0; micro < M; micro++) {
                 if (!training_batch(&run, s, micro, &e)) die("%s", e.text);
-                loss += forward_backward(&r.model, &r.acts, run.tokens, run.targets, (int)run.o.batch, run.c.T, M) / M;
+                loss += forward_backward(&r.model, &r.acts, run.tokens, run.targets, (int)run.o.batch,
+                                         run.c.T, M) /
+                        M;
             }
             add_head_gradient(&r.model);
             adamw(&r.model, &run.o, learning_rate(&run.o, s), gradient_norm(&r.model), s + 1);
             if (!train_step(&run, &report, &e)) die("%s", e.text);
             remember_bits(&report.loss, sizeof report.loss);
-            CHECK(fabs(report.loss / loss - 1) <= LOSS_TOLERANCE, "%s: loss of step %d: %.7f, expected %.7f", mode, s + 1,
-                  report.loss, loss);
+            CHECK(fabs(report.loss / loss - 1) <= LOSS_TOLERANCE, "%s: loss of step %d: %.7f, expected %.7f",
+                  mode, s + 1, report.loss, loss);
         }
         reference_close(&r);
         close_run(&run);
@@ -1585,7 +1595,8 @@ static bool same_bits(const std::vector<float>& a, const std::vector<float>& b) 
 static void test_equal_bits(void) {
     std::vector<float> first = gradients_at("--residual mhc");
     CHECK(same_bits(first, gradients_at("--residual mhc")), "a second run has other bits");
-    for (const char* recompute : {"--residual mhc --recompute 1", "--residual mhc --recompute 3", "--residual mhc --recompute auto"})
+    for (const char* recompute :
+         {"--residual mhc --recompute 1", "--residual mhc --recompute 3", "--residual mhc --recompute auto"})
         CHECK(same_bits(first, gradients_at(recompute)), "%s: other bits than without", recompute);
 }
 
@@ -1627,9 +1638,11 @@ static void test_generation(void) {
     randomise(&run, 7);
     for (int t = 0; t < 19; t++) tokens[t] = (int32_t)(hash64(3, (uint64_t)t) % 256);
     machine_logits(&run, tokens, 5, 0, step.data());
-    for (int length = 6; length <= 19; length++) machine_logits(&run, tokens, length, length - 1, step.data());
+    for (int length = 6; length <= 19; length++)
+        machine_logits(&run, tokens, length, length - 1, step.data());
     machine_logits(&run, tokens, 19, 0, once.data());
-    compare("logits, token by token", step, once, 32 * ROUNDING);   // products of one row may sum in another order
+    compare("logits, token by token", step, once,
+            32 * ROUNDING); // products of one row may sum in another order
     close_run(&run);
 }
 

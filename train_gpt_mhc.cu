@@ -1,16 +1,18 @@
-// train_gpt_mhc.cu: the trainer of train_gpt_mhc.c on a GPU: same command line, same files, same mathematics. What is not GPU work
-// is that file's own: it is included whole, and each kernel here is held against its function there by test_gpt_mhc.cu.
+// train_gpt_mhc.cu: the trainer of train_gpt_mhc.c on a GPU: same command line, same files, same mathematics.
+// What is not GPU work is that file's own: it is included whole, and each kernel here is held against its
+// function there by test_gpt_mhc.cu.
 //
-// Letters as there: B sequences, T positions, C channels, V vocabulary, L blocks, n streams, M outputs of a projection, rows = B * T.
-// A pointer's comment is its shape. Activations and their gradients are floatX (bf16, or fp32 with PRECISION=FP32); parameters have
-// fp32 masters, which the optimiser updates, and floatX copies, which the products read. Coefficients of the connections, statistics,
-// losses and gradients of parameters are fp32. No float atomics: a sum has one order, so the same seed gives the same bits.
+// Letters as there: B sequences, T positions, C channels, V vocabulary, L blocks, n streams, M outputs of a
+// projection, rows = B * T. A pointer's comment is its shape. Activations and their gradients are floatX
+// (bf16, or fp32 with PRECISION=FP32); parameters have fp32 masters, which the optimiser updates, and floatX
+// copies, which the products read. Coefficients of the connections, statistics, losses and gradients of
+// parameters are fp32. No float atomics: a sum has one order, so the same seed gives the same bits.
 
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#pragma nv_diag_suppress 177     // not all of the reference is used here, and its pragmas of OpenMP are the host compiler's
+#pragma nv_diag_suppress 177    // not all of the reference is used here
 #define GPU_TRAINER             // leaves out what the CPU computes a run with, and main
 #include "train_gpt_mhc.c"
 
@@ -41,7 +43,9 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
 
 // The sum over a warp, the same in every lane: always added in the same order.
 __device__ __forceinline__ float warp_sum(float x) {
@@ -49,7 +53,8 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 __device__ __forceinline__ float warp_max(float x) {
-    for (int distance = WARP / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, distance));
+    for (int distance = WARP / 2; distance > 0; distance /= 2)
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, distance));
     return x;
 }
 
@@ -2271,8 +2276,9 @@ static void attention_backward_gpu(floatX* dqkv, const floatX* dout, const float
 #endif
 }
 // ------------------------------------------------------------------------------------------------
-// The model on the device: what it keeps, and where. As in the reference one function lays everything out; without memory it
-// only counts, which is the plan. Each buffer is an allocation of its own, so that a kernel that leaves one is noticed.
+// The model on the device: what it keeps, and where. As in the reference one function lays everything out;
+// without memory it only counts, which is the plan. Each buffer is an allocation of its own, so that a kernel
+// that leaves one is noticed.
 
 typedef struct { Arena plan; bool taking; void* blocks[4096]; int block_count; } DeviceArena;
 
@@ -2294,15 +2300,18 @@ static float* carve_f(DeviceArena* arena, const char* what, size_t count) {
 
 enum { TENSOR_ALIGN = 64, VOCABULARY_ALIGN = 128 };
 
-static int padded_vocabulary(const Config* c) { return ceil_div((size_t)c->V, VOCABULARY_ALIGN) * VOCABULARY_ALIGN; }
+static int padded_vocabulary(const Config* c) {
+    return ceil_div((size_t)c->V, VOCABULARY_ALIGN) * VOCABULARY_ALIGN;
+}
 
 typedef struct {
-    Model m;                    // the layout, and fp32: params (masters), grads, adam_m, adam_v, head_grads (Vp, C)
+    Model m; // the layout, and fp32: params (masters), grads, adam_m, adam_v, head_grads (Vp, C)
     floatX* weights;            // (m.size) copies of the masters, which the products read
 } DeviceModel;
 
-// As the host's model, but each tensor begins at a multiple of TENSOR_ALIGN numbers, so that vectors of 16 bytes can be read, and
-// wte has Vp rows: the last ones are zero for ever, and no softmax, norm or file sees them.
+// As the host's model, but each tensor begins at a multiple of TENSOR_ALIGN numbers, so that vectors of 16
+// bytes can be read, and wte has Vp rows: the last ones are zero for ever, and no softmax, norm or file sees
+// them.
 static void device_layout(DeviceModel* d, const Model* host) {
     size_t end = 0;
     d->m = *host;
@@ -2315,7 +2324,8 @@ static void device_layout(DeviceModel* d, const Model* host) {
         t->first = end;
         end += (size + TENSOR_ALIGN - 1) / TENSOR_ALIGN * TENSOR_ALIGN;
         if (t->block <= 0) d->m.first[t->spec - tensor_specs] = t->first;
-        if (t->block == 1 && (t - 1)->block == 0) d->m.block_size = t->first - d->m.first[(t->spec - tensor_specs)];
+        if (t->block == 1 && (t - 1)->block == 0)
+            d->m.block_size = t->first - d->m.first[(t->spec - tensor_specs)];
     }
     d->m.size = end;
 }
@@ -2330,17 +2340,20 @@ static void device_model_memory(DeviceModel* d, DeviceArena* arena, bool trainin
     d->m.adam_v = carve_f(arena, "AdamW moments", d->m.size);
 }
 
-static floatX* weight(const DeviceModel* d, TensorId id, int l) { return d->weights + (param(&d->m, id, l) - d->m.params); }
+static floatX* weight(const DeviceModel* d, TensorId id, int l) {
+    return d->weights + (param(&d->m, id, l) - d->m.params);
+}
 
 typedef struct {                // of one sublayer, rows = B * T
-    float *coef, *mix, *rnorm, *stats, *lse;    // (rows, n*n + 2n), (rows, M), (rows, groups), (rows, 2), (B, NH, T)
+    float *coef, *mix, *rnorm;  // (rows, n*n + 2n), (rows, M), (rows, groups)
+    float *stats, *lse;         // (rows, 2), (B, NH, T)
     floatX *u, *ln, *f;         // (rows, C) what is read, F's input, F's output
     floatX *qkv, *attn;         // (rows, 3C), (rows, C)
     floatX *fc, *gelu;          // (rows, 4C) before and after GELU
 } DeviceSublayer;
 
 typedef struct {
-    int B, T, block, head_rows; // at most; sublayers per block of recomputation; rows of logits that exist at once
+    int B, T, block, head_rows; // at most; sublayers per block of recomputation; rows of logits at once
     DeviceSublayer* sub;        // [2L]
     floatX** state;             // [2L + 1] (rows, n, C)
     floatX *mean, *ln, *logits; // (rows, C), (rows, C), (head_rows, Vp)
@@ -2352,7 +2365,8 @@ typedef struct {
     TokenGroups groups;         // the rows by token, for the embedding's gradient
 } DeviceActivations;
 
-static void device_layout_sublayer(DeviceSublayer* s, DeviceArena* arena, const Config* c, int k, size_t rows, bool training) {
+static void device_layout_sublayer(DeviceSublayer* s, DeviceArena* arena, const Config* c, int k, size_t rows,
+                                   bool training) {
     size_t C = (size_t)c->C;
     s->coef = carve_f(arena, "coefficients", rows * (size_t)coefficient_count(c));
     if (k % 2 == 0) s->qkv = carve_x(arena, "activations", rows * 3 * C);
@@ -2365,7 +2379,7 @@ static void device_layout_sublayer(DeviceSublayer* s, DeviceArena* arena, const 
     }
     s->mix = carve_f(arena, "coefficients", rows * (size_t)projection_M(c));
     s->rnorm = carve_f(arena, "coefficients", has_connections(c) ? rows * (size_t)projection_groups(c) : 0);
-    s->u = has_connections(c) ? carve_x(arena, "activations", rows * C) : NULL;      // elsewhere the state itself
+    s->u = has_connections(c) ? carve_x(arena, "activations", rows * C) : NULL; // elsewhere the state itself
     s->stats = carve_f(arena, "activations", rows * 2);
     s->ln = carve_x(arena, "activations", rows * C);
     s->f = carve_x(arena, "activations", rows * C);
@@ -2378,7 +2392,8 @@ static void device_layout_sublayer(DeviceSublayer* s, DeviceArena* arena, const 
     }
 }
 
-static void device_layout_states(DeviceActivations* a, DeviceArena* arena, const Config* c, size_t rows, bool training) {
+static void device_layout_states(DeviceActivations* a, DeviceArena* arena, const Config* c, size_t rows,
+                                 bool training) {
     size_t size = rows * (size_t)c->n * (size_t)c->C;
     int block = training ? a->block : 2;        // without a backward pass two states take turns
     for (int k = 0; k <= 2 * c->L; k++) {
@@ -2399,8 +2414,8 @@ static size_t backward_scratch(const Config* c, int B, int T) {
 
 enum { LOGITS_BYTES = 1 << 30 };        // of logits at once, at most: enough for every product to fill a GPU
 
-static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, const Config* c, int B, int T, int block,
-                                      bool training) {
+static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, const Config* c, int B, int T,
+                                      int block, bool training) {
     size_t rows = (size_t)B * (size_t)T, C = (size_t)c->C, Vp = (size_t)padded_vocabulary(c);
     size_t chunk = LOGITS_BYTES / sizeof(floatX) / Vp;
     a->B = B;
@@ -2430,14 +2445,15 @@ static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, 
 }
 
 // ------------------------------------------------------------------------------------------------
-// The model, forward and backward: the reference's order of work. All of it is put into one stream and nothing waits.
+// The model, forward and backward: the reference's order of work. All of it is put into one stream and
+// nothing waits.
 
 typedef struct {
     const DeviceModel* d;
     DeviceActivations* a;
     Lt* lt;
     cudaStream_t stream;
-    int B, T, row0;             // rows before row0 are there already (only when text is generated, one sequence)
+    int B, T, row0; // rows before row0 are there already (only when text is generated, one sequence)
 } Pass;
 
 static int pass_rows(const Pass* p) { return p->B * p->T - p->row0; }
@@ -2445,7 +2461,8 @@ static int pass_rows(const Pass* p) { return p->B * p->T - p->row0; }
 typedef struct { const float *fn, *base, *scale; } DeviceConnection;
 
 static DeviceConnection device_connection(const DeviceModel* d, int k) {
-    TensorId fn = k % 2 ? MLP_FN : ATTN_FN, base = k % 2 ? MLP_BASE : ATTN_BASE, scale = k % 2 ? MLP_SCALE : ATTN_SCALE;
+    TensorId fn = k % 2 ? MLP_FN : ATTN_FN, base = k % 2 ? MLP_BASE : ATTN_BASE,
+             scale = k % 2 ? MLP_SCALE : ATTN_SCALE;
     DeviceConnection c = {param(&d->m, fn, k / 2), param(&d->m, base, k / 2), param(&d->m, scale, k / 2)};
     return c;
 }
@@ -2463,7 +2480,8 @@ static void boundary_forward(const Pass* p, int k) {
     if (!has_connections(c)) {
         if (k > 0) add_gpu(y, c->residual == RESIDUAL_PLAIN ? x : NULL, f, (size_t)rows * C, p->stream);
         if (k == last) return;
-        layernorm_forward_gpu(a->sub[k].ln + r * C, a->sub[k].stats + r * 2, y, weight(p->d, k % 2 ? LN_2_W : LN_1_W, k / 2),
+        layernorm_forward_gpu(a->sub[k].ln + r * C, a->sub[k].stats + r * 2, y,
+                              weight(p->d, k % 2 ? LN_2_W : LN_1_W, k / 2),
                               weight(p->d, k % 2 ? LN_2_B : LN_1_B, k / 2), rows, c->C, p->stream);
         return;
     }
@@ -2471,10 +2489,21 @@ static void boundary_forward(const Pass* p, int k) {
     if (k == last) return write_gpu(y, x, f, before->coef + r * count, connections, rows, p->stream);
     DeviceSublayer* s = &a->sub[k];
     DeviceConnection q = device_connection(p->d, k);
-    Boundary b = {x, f, before ? before->coef + r * count : NULL, y, q.fn, q.base, q.scale,
-                  weight(p->d, k % 2 ? LN_2_W : LN_1_W, k / 2), weight(p->d, k % 2 ? LN_2_B : LN_1_B, k / 2),
-                  s->mix + r * (size_t)projection_M(c), s->rnorm + r * (size_t)projection_groups(c), s->coef + r * count,
-                  s->stats + r * 2, s->u + r * C, s->ln + r * C};
+    Boundary b = {x,
+                  f,
+                  before ? before->coef + r * count : NULL,
+                  y,
+                  q.fn,
+                  q.base,
+                  q.scale,
+                  weight(p->d, k % 2 ? LN_2_W : LN_1_W, k / 2),
+                  weight(p->d, k % 2 ? LN_2_B : LN_1_B, k / 2),
+                  s->mix + r * (size_t)projection_M(c),
+                  s->rnorm + r * (size_t)projection_groups(c),
+                  s->coef + r * count,
+                  s->stats + r * 2,
+                  s->u + r * C,
+                  s->ln + r * C};
     boundary_forward_gpu(&b, connections, rows, p->stream);
 }
 
@@ -2485,16 +2514,16 @@ static void device_sublayer_forward(const Pass* p, int k) {
     int C = d->m.c.C, l = k / 2, rows = pass_rows(p);
     size_t r = (size_t)p->row0, C_ = (size_t)C;
     if (k % 2 == 0) {
-        linear_forward_gpu(p->lt, s->qkv + r * 3 * C_, NULL, s->ln + r * C_, weight(d, C_ATTN_W, l), weight(d, C_ATTN_B, l),
-                           rows, C, 3 * C, p->stream);
+        linear_forward_gpu(p->lt, s->qkv + r * 3 * C_, NULL, s->ln + r * C_, weight(d, C_ATTN_W, l),
+                           weight(d, C_ATTN_B, l), rows, C, 3 * C, p->stream);
         attention_forward_gpu(s->attn, s->lse, s->qkv, p->B, p->T, p->row0, C, d->m.c.NH, p->stream);
-        linear_forward_gpu(p->lt, s->f + r * C_, NULL, s->attn + r * C_, weight(d, ATTN_PROJ_W, l), weight(d, ATTN_PROJ_B, l),
-                           rows, C, C, p->stream);
+        linear_forward_gpu(p->lt, s->f + r * C_, NULL, s->attn + r * C_, weight(d, ATTN_PROJ_W, l),
+                           weight(d, ATTN_PROJ_B, l), rows, C, C, p->stream);
     } else {
-        linear_forward_gpu(p->lt, s->fc + r * 4 * C_, s->gelu + r * 4 * C_, s->ln + r * C_, weight(d, C_FC_W, l),
-                           weight(d, C_FC_B, l), rows, C, 4 * C, p->stream);
-        linear_forward_gpu(p->lt, s->f + r * C_, NULL, s->gelu + r * 4 * C_, weight(d, MLP_PROJ_W, l), weight(d, MLP_PROJ_B, l),
-                           rows, 4 * C, C, p->stream);
+        linear_forward_gpu(p->lt, s->fc + r * 4 * C_, s->gelu + r * 4 * C_, s->ln + r * C_,
+                           weight(d, C_FC_W, l), weight(d, C_FC_B, l), rows, C, 4 * C, p->stream);
+        linear_forward_gpu(p->lt, s->f + r * C_, NULL, s->gelu + r * 4 * C_, weight(d, MLP_PROJ_W, l),
+                           weight(d, MLP_PROJ_B, l), rows, 4 * C, C, p->stream);
     }
 }
 
@@ -2506,22 +2535,22 @@ static void device_forward(const Pass* p, void (*saw)(const Pass*, int k, void* 
     size_t r = (size_t)p->row0, C = (size_t)c->C, n = (size_t)c->n;
     int rows = pass_rows(p);
     assert(p->B * p->T <= a->B * a->T && p->T <= c->T && (p->row0 == 0 || p->B == 1));
-    embedding_forward_gpu(a->state[0] + r * n * C, a->tokens + r, weight(d, WTE, 0), weight(d, WPE, 0) + r * C, rows, p->T, c->n,
-                          c->C, p->stream);
+    embedding_forward_gpu(a->state[0] + r * n * C, a->tokens + r, weight(d, WTE, 0),
+                          weight(d, WPE, 0) + r * C, rows, p->T, c->n, c->C, p->stream);
     for (int k = 0; k <= 2 * c->L; k++) {
         boundary_forward(p, k);
         if (saw) saw(p, k, context);
         if (k < 2 * c->L) device_sublayer_forward(p, k);
     }
-    readout_forward_gpu(a->mean + r * C, a->ln + r * C, a->stats + r * 2, a->state[2 * c->L] + r * n * C, weight(d, LN_F_W, 0),
-                        weight(d, LN_F_B, 0), rows, c->n, c->C, p->stream);
+    readout_forward_gpu(a->mean + r * C, a->ln + r * C, a->stats + r * 2, a->state[2 * c->L] + r * n * C,
+                        weight(d, LN_F_W, 0), weight(d, LN_F_B, 0), rows, c->n, c->C, p->stream);
 }
 
 // logits (count, Vp) of rows from a->ln
 static void device_head_logits(const Pass* p, int row, int count) {
     const Config* c = &p->d->m.c;
-    linear_forward_gpu(p->lt, p->a->logits, NULL, p->a->ln + (size_t)row * (size_t)c->C, weight(p->d, WTE, 0), NULL, count, c->C,
-                       padded_vocabulary(c), p->stream);
+    linear_forward_gpu(p->lt, p->a->logits, NULL, p->a->ln + (size_t)row * (size_t)c->C, weight(p->d, WTE, 0),
+                       NULL, count, c->C, padded_vocabulary(c), p->stream);
 }
 
 // a->losses (rows), nats. With scale > 0 also the head's way back, as in the reference.
@@ -2535,19 +2564,21 @@ static void device_head(const Pass* p, float scale) {
         device_head_logits(p, r, count);
         classifier_gpu(a->losses + r, a->logits, a->targets + r, scale, count, c->V, Vp, p->stream);
         if (scale <= 0) continue;
-        linear_backward_input_gpu(p->lt, a->dln + first, a->logits, weight(p->d, WTE, 0), NULL, count, c->C, Vp, p->stream);
+        linear_backward_input_gpu(p->lt, a->dln + first, a->logits, weight(p->d, WTE, 0), NULL, count, c->C,
+                                  Vp, p->stream);
         weight_gradient_gpu(p->lt, p->d->m.head_grads, a->logits, a->ln + first, count, c->C, Vp, p->stream);
     }
 }
 
-// The states of k's block before k, from the block's first and the stored f: the same kernel, so the same bits
+// The states of k's block before k, from its first and the stored f: by the same kernel, so the same bits
 static void device_recompute_states(const Pass* p, int k) {
     const Config* c = &p->d->m.c;
     DeviceActivations* a = p->a;
     int rows = p->B * p->T;
     for (int j = k / a->block * a->block; j < k; j++) {
         if (has_connections(c))
-            write_gpu(a->state[j + 1], a->state[j], a->sub[j].f, a->sub[j].coef, connections_of(c), rows, p->stream);
+            write_gpu(a->state[j + 1], a->state[j], a->sub[j].f, a->sub[j].coef, connections_of(c), rows,
+                      p->stream);
         else
             add_gpu(a->state[j + 1], c->residual == RESIDUAL_PLAIN ? a->state[j] : NULL, a->sub[j].f,
                     (size_t)rows * (size_t)c->C, p->stream);
@@ -2564,19 +2595,23 @@ static void device_sublayer_backward(const Pass* p, const floatX* df, int k) {
     if (k % 2 == 0) {
         floatX* dattn = a->dln;             // free until it is written
         linear_backward_input_gpu(p->lt, dattn, df, weight(d, ATTN_PROJ_W, l), NULL, rows, C, C, p->stream);
-        linear_backward_weight_gpu(p->lt, grad(m, ATTN_PROJ_W, l), grad(m, ATTN_PROJ_B, l), df, s->attn, rows, C, C, a->scratch,
-                                   p->stream);
-        attention_backward_gpu(a->dwide, dattn, s->attn, s->lse, s->qkv, a->scratch, p->B, p->T, C, m->c.NH, p->stream);
-        linear_backward_input_gpu(p->lt, a->dln, a->dwide, weight(d, C_ATTN_W, l), NULL, rows, C, 3 * C, p->stream);
-        linear_backward_weight_gpu(p->lt, grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), a->dwide, s->ln, rows, C, 3 * C,
-                                   a->scratch, p->stream);
+        linear_backward_weight_gpu(p->lt, grad(m, ATTN_PROJ_W, l), grad(m, ATTN_PROJ_B, l), df, s->attn, rows,
+                                   C, C, a->scratch, p->stream);
+        attention_backward_gpu(a->dwide, dattn, s->attn, s->lse, s->qkv, a->scratch, p->B, p->T, C, m->c.NH,
+                               p->stream);
+        linear_backward_input_gpu(p->lt, a->dln, a->dwide, weight(d, C_ATTN_W, l), NULL, rows, C, 3 * C,
+                                  p->stream);
+        linear_backward_weight_gpu(p->lt, grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), a->dwide, s->ln, rows,
+                                   C, 3 * C, a->scratch, p->stream);
     } else {
-        linear_backward_input_gpu(p->lt, a->dwide, df, weight(d, MLP_PROJ_W, l), s->fc, rows, 4 * C, C, p->stream);
-        linear_backward_weight_gpu(p->lt, grad(m, MLP_PROJ_W, l), grad(m, MLP_PROJ_B, l), df, s->gelu, rows, 4 * C, C,
-                                   a->scratch, p->stream);
-        linear_backward_input_gpu(p->lt, a->dln, a->dwide, weight(d, C_FC_W, l), NULL, rows, C, 4 * C, p->stream);
-        linear_backward_weight_gpu(p->lt, grad(m, C_FC_W, l), grad(m, C_FC_B, l), a->dwide, s->ln, rows, C, 4 * C, a->scratch,
-                                   p->stream);
+        linear_backward_input_gpu(p->lt, a->dwide, df, weight(d, MLP_PROJ_W, l), s->fc, rows, 4 * C, C,
+                                  p->stream);
+        linear_backward_weight_gpu(p->lt, grad(m, MLP_PROJ_W, l), grad(m, MLP_PROJ_B, l), df, s->gelu, rows,
+                                   4 * C, C, a->scratch, p->stream);
+        linear_backward_input_gpu(p->lt, a->dln, a->dwide, weight(d, C_FC_W, l), NULL, rows, C, 4 * C,
+                                  p->stream);
+        linear_backward_weight_gpu(p->lt, grad(m, C_FC_W, l), grad(m, C_FC_B, l), a->dwide, s->ln, rows, C,
+                                   4 * C, a->scratch, p->stream);
     }
 }
 
@@ -2587,8 +2622,8 @@ static void device_write_backward(const Pass* p, int k) {
     int rows = p->B * p->T;
     size_t size = (size_t)rows * (size_t)c->C;
     if (has_connections(c)) {
-        write_backward_gpu(a->dstate, a->dnarrow, a->dcoef, a->dstate, a->state[k], a->sub[k].f, a->sub[k].coef,
-                           connections_of(c), rows, p->stream);
+        write_backward_gpu(a->dstate, a->dnarrow, a->dcoef, a->dstate, a->state[k], a->sub[k].f,
+                           a->sub[k].coef, connections_of(c), rows, p->stream);
         return;
     }
     CUDA(cudaMemcpyAsync(a->dnarrow, a->dstate, size * sizeof(floatX), cudaMemcpyDeviceToDevice, p->stream));
@@ -2609,10 +2644,24 @@ static void device_connection_backward(const Pass* p, int k) {
         return;
     }
     DeviceConnection q = device_connection(d, k);
-    ConnectionBackward b = {a->dstate, a->dcoef, a->dln, a->state[k], s->u, weight(d, ln_w, l), s->stats, s->coef, s->mix,
-                            s->rnorm, q.fn, q.base, q.scale, grad(m, k % 2 ? MLP_FN : ATTN_FN, l),
-                            grad(m, k % 2 ? MLP_BASE : ATTN_BASE, l), grad(m, k % 2 ? MLP_SCALE : ATTN_SCALE, l),
-                            grad(m, ln_w, l), grad(m, ln_b, l)};
+    ConnectionBackward b = {a->dstate,
+                            a->dcoef,
+                            a->dln,
+                            a->state[k],
+                            s->u,
+                            weight(d, ln_w, l),
+                            s->stats,
+                            s->coef,
+                            s->mix,
+                            s->rnorm,
+                            q.fn,
+                            q.base,
+                            q.scale,
+                            grad(m, k % 2 ? MLP_FN : ATTN_FN, l),
+                            grad(m, k % 2 ? MLP_BASE : ATTN_BASE, l),
+                            grad(m, k % 2 ? MLP_SCALE : ATTN_SCALE, l),
+                            grad(m, ln_w, l),
+                            grad(m, ln_b, l)};
     connection_backward_gpu(&b, a->scratch, connections_of(&m->c), rows, p->stream);
 }
 
@@ -2623,15 +2672,16 @@ static void device_backward(const Pass* p) {
     const Config* c = &m->c;
     DeviceActivations* a = p->a;
     int rows = p->B * p->T;
-    readout_backward_gpu(a->dstate, grad(m, LN_F_W, 0), grad(m, LN_F_B, 0), a->dln, a->stats, a->mean, weight(d, LN_F_W, 0),
-                         a->scratch, rows, c->n, c->C, p->stream);
+    readout_backward_gpu(a->dstate, grad(m, LN_F_W, 0), grad(m, LN_F_B, 0), a->dln, a->stats, a->mean,
+                         weight(d, LN_F_W, 0), a->scratch, rows, c->n, c->C, p->stream);
     for (int k = 2 * c->L - 1; k >= 0; k--) {
         if (k % a->block == a->block - 1 && k < 2 * c->L - 1) device_recompute_states(p, k);
         device_write_backward(p, k);
         device_sublayer_backward(p, a->dnarrow, k);
         device_connection_backward(p, k);
     }
-    embedding_backward_gpu(grad(m, WTE, 0), grad(m, WPE, 0), a->dstate, &a->groups, rows, p->T, c->n, c->C, p->stream);
+    embedding_backward_gpu(grad(m, WTE, 0), grad(m, WPE, 0), a->dstate, &a->groups, rows, p->T, c->n, c->C,
+                           p->stream);
 }
 // ------------------------------------------------------------------------------------------------
 // Optimiser: norm of the gradients, AdamW on the fp32 masters, and their rounded copies. A table cuts all
@@ -2672,7 +2722,11 @@ static void optimiser_memory(Optimiser* o, DeviceArena* arena, const Model* m) {
 
 static Chunk chunk_of(const Tensor* t, int tensor, int k) {
     size_t offset = (size_t)k * CHUNK, left = tensor_size(t) - offset;
-    Chunk c = {t->first + offset, offset, tensor_seed(t, 0), (int)(left < (size_t)CHUNK ? left : (size_t)CHUNK), tensor,
+    Chunk c = {t->first + offset,
+               offset,
+               tensor_seed(t, 0),
+               (int)(left < (size_t)CHUNK ? left : (size_t)CHUNK),
+               tensor,
                t->spec->decayed};
     return c;
 }
@@ -2898,7 +2952,8 @@ static void device_activations_open(DeviceActivations* a, const Config* c) {
     a->state = (floatX**)allocate((size_t)(2 * c->L + 1), sizeof(floatX*));
 }
 
-// The host keeps parameters and moments for files, and what is looked at: coefficients, and for a dump gradients and losses.
+// The host keeps parameters and moments for files, and what is looked at: coefficients, and for a dump
+// gradients and losses.
 static void machine_layout(Run* run, Arena* arena, int block) {
     bool dumps = run->o.dump[0];
     size_t rows = dumps ? (size_t)(run->o.batch * run->c.T) : (size_t)run->c.T;
@@ -2913,15 +2968,21 @@ static void machine_layout(Run* run, Arena* arena, int block) {
     run->acts.block = block;
 }
 
-static const struct { const char* name; double bf16, fp32; } gpu_peaks[] = {   // dense, FLOP/s, as their maker states them
-    {"H100 PCIe", 756e12, 51e12}, {"H100 NVL", 835e12, 60e12}, {"H100", 989e12, 67e12}, {"H200", 989e12, 67e12},
-    {"GH200", 989e12, 67e12},     {"H800", 989e12, 67e12},     {"A100", 312e12, 19.5e12}, {"A800", 312e12, 19.5e12},
-    {"B200", 2250e12, 75e12},     {"L40S", 362e12, 91.6e12},   {"RTX 4090", 165e12, 82.6e12}, {"A10", 125e12, 31.2e12},
+static const struct {
+    const char* name;
+    double bf16, fp32;
+} gpu_peaks[] = {
+    // dense, FLOP/s, as their maker states them
+    {"H100 PCIe", 756e12, 51e12}, {"H100 NVL", 835e12, 60e12},   {"H100", 989e12, 67e12},
+    {"H200", 989e12, 67e12},      {"GH200", 989e12, 67e12},      {"H800", 989e12, 67e12},
+    {"A100", 312e12, 19.5e12},    {"A800", 312e12, 19.5e12},     {"B200", 2250e12, 75e12},
+    {"L40S", 362e12, 91.6e12},    {"RTX 4090", 165e12, 82.6e12}, {"A10", 125e12, 31.2e12},
 };
 
 static double gpu_peak(const char* name) {
     for (size_t i = 0; i < sizeof gpu_peaks / sizeof gpu_peaks[0]; i++)
-        if (strstr(name, gpu_peaks[i].name)) return sizeof(floatX) == 2 ? gpu_peaks[i].bf16 : gpu_peaks[i].fp32;
+        if (strstr(name, gpu_peaks[i].name))
+            return sizeof(floatX) == 2 ? gpu_peaks[i].bf16 : gpu_peaks[i].fp32;
     return 0;
 }
 
@@ -2946,8 +3007,11 @@ static bool machine_open(Run* run, Error* e) {
     g->peak = gpu_peak(g->name);
     CUDA(cudaMemGetInfo(&available, &all));
     if (run->o.plan || total <= available) return true;
-    return fail(e, "GPU memory: found a need of %.1f GiB, expected at most the %.1f GiB that are free, reduce --batch, --seq or "
-                   "--layers, or try --recompute auto", (double)total / 1073741824, (double)available / 1073741824);
+    return fail(e,
+                "GPU memory: found a need of %.1f GiB, expected at most the %.1f GiB that are free, reduce "
+                "--batch, --seq or "
+                "--layers, or try --recompute auto",
+                (double)total / 1073741824, (double)available / 1073741824);
 }
 
 static void open_upload(Upload* u, size_t rows) {
@@ -3006,13 +3070,17 @@ static void machine_print_plan(const Run* run) {
 
 // --- parameters and moments, tensor by tensor: the device's layout has gaps
 
-static void copy_tensors(const Gpu* g, const Model* host, float* device_numbers, float* host_numbers, bool to_device) {
+static void copy_tensors(const Gpu* g, const Model* host, float* device_numbers, float* host_numbers,
+                         bool to_device) {
     for (int i = 0; i < host->tensor_count; i++) {
         const Tensor *h = &host->tensors[i], *d = &g->model.m.tensors[i];
         size_t bytes = tensor_size(h) * sizeof(float);
         if (to_device)
-            CUDA(cudaMemcpyAsync(device_numbers + d->first, host_numbers + h->first, bytes, cudaMemcpyHostToDevice, g->stream));
-        else CUDA(cudaMemcpyAsync(host_numbers + h->first, device_numbers + d->first, bytes, cudaMemcpyDeviceToHost, g->stream));
+            CUDA(cudaMemcpyAsync(device_numbers + d->first, host_numbers + h->first, bytes,
+                                 cudaMemcpyHostToDevice, g->stream));
+        else
+            CUDA(cudaMemcpyAsync(host_numbers + h->first, device_numbers + d->first, bytes,
+                                 cudaMemcpyDeviceToHost, g->stream));
     }
 }
 
@@ -3022,7 +3090,8 @@ static void machine_load(Run* run) {
     copy_tensors(g, &run->model, g->model.m.params, run->model.params, true);
     if (run->training) copy_tensors(g, &run->model, g->model.m.adam_m, run->model.adam_m, true);
     if (run->training) copy_tensors(g, &run->model, g->model.m.adam_v, run->model.adam_v, true);
-    round_weights_gpu(&g->optimiser, g->model.weights, g->model.m.params, (uint64_t)run->o.seed, run->step, g->stream);
+    round_weights_gpu(&g->optimiser, g->model.weights, g->model.m.params, (uint64_t)run->o.seed, run->step,
+                      g->stream);
     CUDA(cudaStreamSynchronize(g->stream));
 }
 
@@ -3037,7 +3106,8 @@ static void machine_fetch(Run* run) {
 // --- a step
 
 // Tokens and targets (rows) of a pass, and for a backward pass the rows grouped by token, onto the device
-static void upload(Gpu* g, DeviceActivations* a, const int32_t* tokens, const int32_t* targets, int first, int rows, int V) {
+static void upload(Gpu* g, DeviceActivations* a, const int32_t* tokens, const int32_t* targets, int first,
+                   int rows, int V) {
     Upload* u = &g->uploads[g->next_upload];
     size_t bytes = sizeof(int32_t) * (size_t)rows;
     g->next_upload ^= 1;
@@ -3052,7 +3122,8 @@ static void upload(Gpu* g, DeviceActivations* a, const int32_t* tokens, const in
         a->groups.count = token_groups(u->order, u->first, u->token, tokens, rows, V);
         CUDA(cudaMemcpyAsync(a->groups.order, u->order, bytes, cudaMemcpyHostToDevice, g->stream));
         CUDA(cudaMemcpyAsync(a->groups.token, u->token, bytes, cudaMemcpyHostToDevice, g->stream));
-        CUDA(cudaMemcpyAsync(a->groups.first, u->first, bytes + sizeof(int32_t), cudaMemcpyHostToDevice, g->stream));
+        CUDA(cudaMemcpyAsync(a->groups.first, u->first, bytes + sizeof(int32_t), cudaMemcpyHostToDevice,
+                             g->stream));
     }
     CUDA(cudaEventRecord(u->done, g->stream));
 }
@@ -3090,7 +3161,8 @@ static void machine_zero_gradients(Run* run) {
     Gpu* g = gpu_of(run);
     const Model* m = &g->model.m;
     CUDA(cudaMemsetAsync(m->grads, 0, m->size * sizeof(float), g->stream));
-    CUDA(cudaMemsetAsync(m->head_grads, 0, (size_t)padded_vocabulary(&m->c) * (size_t)m->c.C * sizeof(float), g->stream));
+    CUDA(cudaMemsetAsync(m->head_grads, 0, (size_t)padded_vocabulary(&m->c) * (size_t)m->c.C * sizeof(float),
+                         g->stream));
     CUDA(cudaMemsetAsync(g->sums, 0, sizeof(StepSums), g->stream));
 }
 
@@ -3125,7 +3197,8 @@ static void machine_update(Run* run, double lr, double norm) {
 
 static const Tensor* machine_nonfinite(Run* run, bool gradients) {
     Gpu* g = gpu_of(run);
-    int tensor = first_nonfinite_gpu(&g->optimiser, gradients ? g->model.m.grads : g->model.m.params, g->stream);
+    int tensor =
+        first_nonfinite_gpu(&g->optimiser, gradients ? g->model.m.grads : g->model.m.params, g->stream);
     return tensor < 0 ? NULL : &run->model.tensors[tensor];
 }
 
@@ -3164,14 +3237,16 @@ static void fetch_coefficients(Run* run, int rows) {
     Gpu* g = gpu_of(run);
     size_t bytes = sizeof(float) * (size_t)rows * (size_t)coefficient_count(&run->c);
     for (int k = 0; k < 2 * run->c.L && bytes; k++)
-        CUDA(cudaMemcpyAsync(run->acts.sub[k].coef, g->acts.sub[k].coef, bytes, cudaMemcpyDeviceToHost, g->stream));
+        CUDA(cudaMemcpyAsync(run->acts.sub[k].coef, g->acts.sub[k].coef, bytes, cudaMemcpyDeviceToHost,
+                             g->stream));
     CUDA(cudaStreamSynchronize(g->stream));
 }
 
 static void machine_observe(Run* run, StreamStats* streams) {
     Gpu* g = gpu_of(run);
     Pass p = gpu_pass(g, &g->acts, 1, run->c.T, 0);
-    Observer o = {g, streams, (float*)allocate((size_t)run->c.T * (size_t)(run->c.n * run->c.C), sizeof(float))};
+    Observer o = {g, streams,
+                  (float*)allocate((size_t)run->c.T * (size_t)(run->c.n * run->c.C), sizeof(float))};
     upload(g, &g->acts, run->tokens, NULL, 0, run->c.T, run->c.V);
     device_forward(&p, streams ? observe_state : NULL, &o);
     fetch_coefficients(run, run->c.T);
@@ -3198,7 +3273,8 @@ static void machine_dump(Run* run, real* logits) {
     machine_gradients(run, &loss, &norm);
     run->o.micro_batches = micro_batches;
     copy_tensors(g, &run->model, g->model.m.grads, run->model.grads, false);
-    CUDA(cudaMemcpyAsync(run->acts.losses, g->acts.losses, sizeof(float) * (size_t)rows, cudaMemcpyDeviceToHost, g->stream));
+    CUDA(cudaMemcpyAsync(run->acts.losses, g->acts.losses, sizeof(float) * (size_t)rows,
+                         cudaMemcpyDeviceToHost, g->stream));
     fetch_coefficients(run, rows);
     Pass p = gpu_pass(g, &g->acts, (int)run->o.batch, run->c.T, 0);
     for (int r = 0; r < rows; r++) {
