@@ -99,7 +99,7 @@ train-gpu: train_gpt_mhc_cuda
 	./train_gpt_mhc_cuda --config scripts/tiny.cfg --out $(DIR) --overwrite $(ARGS)
 
 test-gpu:
-	NVCC=$(NVCC) sh dev/test_gpu.sh
+	NVCC=$(NVCC) sh dev/gpu_test.sh
 
 test-cpu-cuda:
 	sh dev/cpu_cuda/test/run.sh
