@@ -44,22 +44,19 @@ constexpr size_t STATIC_LIMIT = 48 << 10, SHARED_LIMIT = 227 << 10;
 constexpr size_t SHARED_BASE = 1024;            // the 32-bit address of its first byte, so that 0 is none
 constexpr unsigned PATIENCE = 8000000;          // spins after which a worker no longer counts as busy
 
-struct Grid {                                   // one launch, shared by the workers
-    const Launch& launch;
-    unsigned long long blocks;
-    unsigned threads, warps;                    // of a block
-    std::atomic<unsigned long long> next{0};    // block that nobody has taken
-};
+// The grid that runs: one at a time, shared by the workers.
+static const Launch* launched;
+static size_t blocks, block_threads, block_warps;
+static std::atomic<size_t> next_block;          // that nobody has taken
 
 struct Worker {
-    Grid* grid = nullptr;
     uint3 shape = {};                           // what the arrays are laid out for
     std::vector<Thread> threads;                // of the resident blocks: one, or all of a cooperative launch
     std::vector<Warp> warps;
     std::vector<Block> blocks;
     std::vector<char*> arenas;                  // shared memory of the blocks
     Barrier at_grid;
-    Warp* warp = nullptr;                       // that ran last
+    size_t warp = 0;                            // that ran last
     size_t live = 0;                            // threads that have not exited
 
     char* stacks = nullptr;                     // thread i, if it starts a fiber, uses stack i for it
@@ -152,28 +149,22 @@ void stop(Place here, const char* format, ...) {
     report(std::string("cpu_cuda: ") + what + "\n" + (here.file ? "    at " + text_of(here) + "\n" : ""));
 }
 
-// What t does, in words that are the same for all that wait with it; empty if it may run.
-static std::string state_of(const Thread& t) {
-    if (!(t.warp->live & t.bit())) return "exited";
-    if (t.warp->ready & t.bit()) return "";
-    char mask[32] = "";
-    if (t.mask) snprintf(mask, sizeof mask, ", mask 0x%08x", t.mask);
-    return "wait at " + text_of(t.place) + " in " + t.what + mask;
-}
-
 // A mistake of several threads: who waits where.
 [[noreturn]] static void report_waiting(const std::string& what) {
     const size_t most = 16;                     // lines
     std::map<std::string, std::vector<unsigned>> groups;
     for (const Thread& t : worker->threads) {
-        std::string state = state_of(t);
-        if (state.empty() || groups.size() == most) continue;
-        groups["block " + text_of(t.block->index) + " " + state].push_back(t.number);
+        bool exited = !(t.warp->live & t.bit());
+        if (t.warp->ready & t.bit() || groups.size() == most) continue;
+        std::string state = exited ? " exited" : " wait at " + text_of(t.place) + " in " + t.what;
+        char mask[32] = "";
+        if (t.mask && !exited) snprintf(mask, sizeof mask, ", mask 0x%08x", t.mask);
+        groups[" of block " + text_of(t.block->index) + state + mask].push_back(t.number);
     }
     std::string text = "cpu_cuda: " + what + "\n";
     for (auto& [state, threads] : groups) {
         text += "    " + std::to_string(threads.size()) + " threads from " + std::to_string(threads.front());
-        text += " to " + std::to_string(threads.back()) + " of " + state + "\n";
+        text += " to " + std::to_string(threads.back()) + state + "\n";
     }
     current = nullptr;
     report(text);
@@ -245,26 +236,20 @@ NO_ADDRESS static void new_fiber(Worker* w, Thread* t) {
 // ------------------------------------------------------------------------------------------------
 // Which thread runs next
 
-static void make_ready(Thread* t) { t->warp->ready |= t->bit(); }
-
-// The next warp with a lane that may run, or null: the one that ran last comes last.
-static Warp* next_warp(Worker* w) {
-    size_t count = w->warps.size(), i = (size_t)(w->warp - w->warps.data());
-    if (w->order == RANDOM) i = w->random() % count;
-    for (size_t tried = 0; tried < count; tried++) {
-        i = (w->order == REVERSE ? i + count - 1 : i + 1) % count;
-        if (w->warps[i].ready) return &w->warps[i];
-    }
-    return nullptr;
-}
-
-// Takes the thread to run next off the ready ones; null if there is none.
+// Takes the thread to run next off the ready ones: the warp's next lane, or one of the next warp that has
+// any. Null when all threads have exited.
 static Thread* pick(Worker* w, bool leave_warp) {
+    size_t count = w->warps.size(), step = w->order == REVERSE ? count - 1 : 1, tried = 0;
     bool random = w->order == RANDOM;
-    Warp* warp = w->warp;
-    if (leave_warp || !warp->ready || (random && w->random() % 256 < w->leave)) warp = next_warp(w);
-    if (!warp) return nullptr;
-    w->warp = warp;
+    if (!w->warps[w->warp].ready || (random && w->random() % 256 < w->leave)) leave_warp = true;
+    if (leave_warp && random) w->warp = w->random() % count;
+    while (leave_warp && tried++ < count) {
+        w->warp = (w->warp + step) % count;
+        leave_warp = !w->warps[w->warp].ready;
+    }
+    Warp* warp = &w->warps[w->warp];
+    if (!warp->ready && w->live) report_waiting("deadlock: no thread can go on");
+    if (!warp->ready) return nullptr;
     if (random) warp->turn = w->random() % WARP;
     do {
         warp->turn = (w->order == REVERSE ? warp->turn - 1 : warp->turn + 1) % WARP;
@@ -311,7 +296,6 @@ __attribute__((noinline)) static void wait(bool spins = false) {
     Thread* me = current;
     if (!spins) w->spins.store(0, std::memory_order_relaxed);
     Thread* next = pick(w, spins);
-    if (!next) report_waiting("deadlock: no thread can go on");
     if (next != me) switch_to(w, next, &me->stack_pointer);
 }
 
@@ -340,17 +324,15 @@ NO_ADDRESS static void fiber_main() {
     bool first = !w->home_size;                 // entered from the worker's own stack
     auto home = first ? &w->home : nullptr;
     auto home_size = first ? &w->home_size : nullptr;
-    const Launch& launch = w->grid->launch;
     if (address_sanitizer) __sanitizer_finish_switch_fiber(nullptr, home, home_size);
     do {
         enter(t);
         t->stack = stack;
-        launch.call(launch.arguments);
+        launched->call(launched->arguments);
         exit_thread(w, t);
         t = pick(w, false);
     } while (t && !t->stack_pointer);
     if (t) switch_to(w, t, nullptr);
-    if (w->live) report_waiting("deadlock: no thread can go on");
     switch_stack(nullptr, w->home_pointer, w->home, w->home_size);
 }
 
@@ -362,9 +344,9 @@ static void release(Barrier* barrier) {
     barrier->result = barrier->votes;
     barrier->votes = 0;
     if (checking && barrier == &worker->at_grid) check::grid_barrier();
-    if (checking && barrier != &worker->at_grid) check::barrier(arrived.data(), arrived.size());
-    for (Thread* t : arrived)
-        if (t != current) make_ready(t);
+    else if (checking) check::barrier(arrived.data(), arrived.size());
+    for (Thread* t : arrived) t->warp->ready |= t->bit();
+    current->warp->ready &= ~current->bit();    // runs already
     arrived.clear();
 }
 
@@ -399,7 +381,7 @@ void named_barrier(int id, int threads, Place here) {
 
 void grid_barrier(Place here) {
     in_kernel("grid.sync", here);
-    if (!worker->grid->launch.cooperative) stop(here, "grid.sync in a launch that is not cooperative");
+    if (!launched->cooperative) stop(here, "grid.sync in a launch that is not cooperative");
     meet(&worker->at_grid, false, (unsigned)worker->threads.size(), 0, "grid.sync", here);
 }
 
@@ -420,7 +402,7 @@ void spin_wait(Place here) {
     Worker* w = worker;
     unsigned spins = w->spins + 1;
     if (spins == 2 * PATIENCE) {
-        unsigned long long left = w->grid->blocks - std::min(w->grid->blocks, w->grid->next.load());
+        size_t left = blocks - std::min(blocks, next_block.load());
         auto hopeless = [](const Worker& other) { return other.spins >= PATIENCE; };
         sched_yield();
         if (std::all_of(workers(), workers() + options().threads, hopeless))
@@ -428,7 +410,7 @@ void spin_wait(Place here) {
         spins = PATIENCE;
     }
     w->spins.store(spins, std::memory_order_relaxed);
-    make_ready(me);
+    me->warp->ready |= me->bit();
     wait(true);
 }
 
@@ -443,17 +425,8 @@ static void check_mask(const Thread* t) {
     if (!gone) return;
     unsigned other = (unsigned)__builtin_ctz(gone);
     const char* why = t->number - lane + other < t->block->threads ? "has exited" : "does not exist";
-    stop(t->place, "%s: the mask 0x%08x of lane %u names lane %u, which %s", t->what, t->mask, lane, other, why);
-}
-
-// Whether all lanes of its mask wait for the same.
-static bool is_last(const Thread* me) {
-    if ((me->warp->waiting & me->mask) != me->mask) return false;
-    for (unsigned lanes = me->mask; lanes; lanes &= lanes - 1) {
-        const Thread* other = me->warp->lane0 + __builtin_ctz(lanes);
-        if (other->mask != me->mask || !same_text(other->what, me->what)) return false;
-    }
-    return true;
+    stop(t->place, "%s: the mask 0x%08x of lane %u names lane %u, which %s", t->what, t->mask, lane, other,
+         why);
 }
 
 void warp_together(WarpWork work, void* argument, unsigned mask, const char* what, Place here) {
@@ -462,9 +435,14 @@ void warp_together(WarpWork work, void* argument, unsigned mask, const char* wha
     me->argument = argument;
     check_mask(me);
     warp->waiting |= me->bit();
-    if (!is_last(me)) return wait();
     void* arguments[WARP];                      // on this fiber's stack, where instrumented code may read it
-    each_lane(mask, [&](int lane) { arguments[lane] = warp->lane0[lane].argument; });
+    bool all = (warp->waiting & mask) == mask;
+    for (unsigned lanes = all ? mask : 0; lanes; lanes &= lanes - 1) {
+        const Thread* t = warp->lane0 + __builtin_ctz(lanes);
+        arguments[t->number % WARP] = t->argument;
+        all &= t->mask == mask && same_text(t->what, what);
+    }
+    if (!all) return wait();
     work(arguments, mask);
     warp->waiting &= ~mask;
     warp->ready |= mask & ~me->bit();
@@ -521,7 +499,7 @@ static void open_shared(char* p, size_t size) {
 void* shared_variable(const void* tag, size_t size, size_t alignment) {
     constexpr size_t gap = address_sanitizer || checking ? 128 : 0;     // what follows a variable is no other
     Block* block = in_kernel("a __shared__ variable", {})->block;
-    size_t total = size, dynamic = worker->grid->launch.shared;
+    size_t total = size, dynamic = launched->shared;
     for (const Block::Variable& v : block->variables) {
         if (v.tag == tag) return v.at;
         total += v.size;
@@ -549,7 +527,7 @@ void* shared_pointer(uint32_t address, size_t size, Place here) {
     Block* block = in_kernel("a shared address", here)->block;
     char* p = block->shared + address - SHARED_BASE;
     auto within = [&](char* at, size_t length) { return p >= at && p + size <= at + length; };
-    if (within(block->shared, worker->grid->launch.shared)) return p;
+    if (within(block->shared, launched->shared)) return p;
     for (const Block::Variable& v : block->variables)
         if (within(v.at, v.size)) return p;
     stop(here, "%zu bytes at the shared address 0x%x: not within shared memory of this block", size, address);
@@ -558,75 +536,72 @@ void* shared_pointer(uint32_t address, size_t size, Place here) {
 // ------------------------------------------------------------------------------------------------
 // Running a grid
 
-static uint3 index_of(unsigned long long number, Size3 size) {
-    unsigned long long rest = number / size.x;
+static uint3 index_of(size_t number, Size3 size) {
+    size_t rest = number / size.x;
     return {(unsigned)(number % size.x), (unsigned)(rest % size.y), (unsigned)(rest / size.y)};
 }
 
 // The block that the order puts at position k.
-static unsigned long long ordered_block(const Grid& grid, unsigned long long k) {
+static size_t ordered_block(size_t k) {
     if (options().order == FORWARD) return k;
-    if (options().order == REVERSE) return grid.blocks - 1 - k;
-    unsigned long long step = std::minstd_rand(options().seed)() % grid.blocks | 1;
-    while (std::gcd(step, grid.blocks) != 1) step++;
-    return (unsigned long long)(((unsigned __int128)k * step + options().seed) % grid.blocks);
+    if (options().order == REVERSE) return blocks - 1 - k;
+    size_t step = std::minstd_rand(options().seed)() % blocks | 1;
+    while (std::gcd(step, blocks) != 1) step++;
+    return (size_t)(((unsigned __int128)k * step + options().seed) % blocks);
 }
 
 // Lays out the records of `resident` blocks.
-static void prepare(Worker* w, const Grid& grid, size_t resident) {
-    Size3 size = grid.launch.block;
+static void prepare(Worker* w, size_t resident) {
+    Size3 size = launched->block, grid = launched->grid;
     block_size = {size.x, size.y, size.z};
-    grid_size = {grid.launch.grid.x, grid.launch.grid.y, grid.launch.grid.z};
+    grid_size = {grid.x, grid.y, grid.z};
     if (!memcmp(&w->shape, &block_size, sizeof w->shape) && w->blocks.size() == resident) return;
     w->shape = block_size;
-    w->threads.assign(grid.threads * resident, Thread());
-    w->warps.assign(grid.warps * resident, Warp());
+    w->threads.assign(block_threads * resident, Thread());
+    w->warps.assign(block_warps * resident, Warp());
     w->blocks.assign(resident, Block());
     while (w->arenas.size() < resident) w->arenas.push_back((char*)aligned_alloc(PAGE, ARENA));
     for (size_t i = 0; i < w->threads.size(); i++) {
         Thread* t = &w->threads[i];
-        size_t block = i / grid.threads;
-        t->number = (unsigned)(i % grid.threads);
+        t->number = (unsigned)(i % block_threads);
         t->index = index_of(t->number, size);
-        t->block = &w->blocks[block];
-        t->warp = &w->warps[block * grid.warps + t->number / WARP];
+        t->block = &w->blocks[i / block_threads];
+        t->warp = &w->warps[i / block_threads * block_warps + t->number / WARP];
         if (t->number % WARP == 0) t->warp->lane0 = t;
     }
     open_stacks(w);
 }
 
-static void begin_block(Worker* w, size_t slot, unsigned long long number) {
-    const Grid& grid = *w->grid;
-    size_t dynamic = grid.launch.shared;
+static void begin_block(Worker* w, size_t slot, size_t number) {
     Block* block = &w->blocks[slot];
-    block->index = index_of(number, grid.launch.grid);
+    block->index = index_of(number, launched->grid);
     block->number = number;
-    block->threads = block->live = grid.threads;
-    block->warps = &w->warps[slot * grid.warps];
+    block->threads = block->live = (unsigned)block_threads;
+    block->warps = &w->warps[slot * block_warps];
     block->shared = w->arenas[slot];
     block->shared_size = ARENA;
-    block->shared_used = dynamic;
+    block->shared_used = launched->shared;
     block->variables.clear();
     block->copies.clear();
-    for (unsigned i = 0; i < grid.warps; i++) {
-        unsigned lanes = grid.threads - i * WARP;
+    for (size_t i = 0; i < block_warps; i++) {
+        size_t lanes = block_threads - i * WARP;
         Warp* warp = block->warps + i;
         warp->live = warp->ready = lanes >= WARP ? ~0u : (1u << lanes) - 1;
         warp->turn = w->order == REVERSE ? 0 : WARP - 1;
     }
     if (address_sanitizer) __asan_poison_memory_region(block->shared, ARENA);
     if (checking) check::block_begins(block);
-    if (dynamic) open_shared(block->shared, dynamic);
+    if (launched->shared) open_shared(block->shared, launched->shared);
 }
 
 // Runs the blocks from `first` on that are resident together, to their end.
-static void run_blocks(Worker* w, unsigned long long first) {
+static void run_blocks(Worker* w, size_t first) {
     static const unsigned leaves[] = {0, 4, 64};        // a random order runs warps ahead, or mixes them
-    for (size_t i = 0; i < w->blocks.size(); i++) begin_block(w, i, ordered_block(*w->grid, first++));
+    for (size_t i = 0; i < w->blocks.size(); i++) begin_block(w, i, ordered_block(first + i));
     w->random.seed((options().seed * 7919 + (unsigned)first) * 2654435761u);
     w->random.discard(4);
     w->leave = leaves[w->random() % 3];
-    w->warp = w->order == REVERSE ? &w->warps.front() : &w->warps.back();
+    w->warp = w->order == REVERSE ? 0 : w->warps.size() - 1;
     w->live = w->threads.size();
     switch_to(w, pick(w, true), &w->home_pointer);
     if (checking)
@@ -637,17 +612,11 @@ static void run_blocks(Worker* w, unsigned long long first) {
 static void run_share(Worker* w) {
     DeviceCode open;
     worker = w;
-    Grid* grid = w->grid;
-    size_t resident = grid->launch.cooperative ? grid->blocks : 1;
-    prepare(w, *grid, resident);
     w->home_size = 0;
-    for (;;) {
-        unsigned long long first = grid->next.fetch_add(resident);
-        if (first >= grid->blocks) break;
-        run_blocks(w, first);
-    }
+    size_t resident = launched->cooperative ? blocks : 1, first;
+    prepare(w, resident);
+    while ((first = next_block.fetch_add(resident)) < blocks) run_blocks(w, first);
     w->spins = ~0u;
-    w->grid = nullptr;
     worker = nullptr;
 }
 
@@ -675,26 +644,24 @@ static Worker* workers() {
 }
 
 void run_grid(const Launch& launch) {
-    const unsigned long long small = 2048;      // threads that are run before another worker wakes up
-    const Size3 &g = launch.grid, &b = launch.block;
-    unsigned long long blocks = (unsigned long long)g.x * g.y * g.z;
-    unsigned threads = b.x * b.y * b.z;
-    bool alone = launch.cooperative || blocks == 1 || blocks * threads <= small;
+    const size_t small = 2048;                  // threads that are run before another worker wakes up
+    launched = &launch;
+    blocks = (size_t)launch.grid.x * launch.grid.y * launch.grid.z;
+    block_threads = launch.block.x * launch.block.y * launch.block.z;
+    block_warps = (block_threads + WARP - 1) / WARP;
+    next_block = 0;
+    bool alone = launch.cooperative || blocks == 1 || blocks * block_threads <= small;
     int count = alone ? 1 : options().threads;
-    Grid grid = {launch, blocks, threads, (threads + WARP - 1) / WARP};
     Worker* w = workers();
     if (checking) check::launch_begins(launch);
-    for (int i = 0; i < count; i++) {
-        w[i].grid = &grid;
-        w[i].spins = 0;
-    }
+    for (int i = 0; i < count; i++) w[i].spins = 0;
     for (int i = 1; i < count; i++) sem_post(&w[i].begin);
     run_share(w);
     for (int i = 1; i < count; i++) wait_for(&w[i].end);
     if (checking) check::launch_ends();
 }
 
-const Launch* current_launch() { return worker && worker->grid ? &worker->grid->launch : nullptr; }
+const Launch* current_launch() { return worker ? launched : nullptr; }
 
 int blocks_per_multiprocessor(int threads, size_t shared) {
     const size_t reserved = 1 << 10;            // of each block, by the system
