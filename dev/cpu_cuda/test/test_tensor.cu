@@ -132,6 +132,10 @@ __global__ void hand_over(int* out) {
     }
 }
 
+__global__ void powers_of_two(float* y, const float* x) {
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y[threadIdx.x]) : "f"(x[threadIdx.x]));
+}
+
 // ------------------------------------------------------------------------------------------------
 // Tests
 
@@ -205,7 +209,22 @@ static void test_hand_over(void) {
     OK(cudaFree(device));
 }
 
+// PTX promises 2 units in the last place, 0 for what is subnormal, exact powers of whole numbers.
+static void test_powers_of_two(void) {
+    float x[] = {0, 3, -126, -126.5f, -149, -INFINITY, 128, INFINITY, NAN, 0.3f, -7.77f, 100.1f};
+    float y[12], whole[] = {1, 8, 0x1p-126f, 0, 0, 0, INFINITY, INFINITY};
+    float *device = to_device(x, 12), *result = to_device(x, 12);
+    powers_of_two<<<1, 12>>>(result, device);
+    OK(cudaMemcpy(y, result, sizeof y, cudaMemcpyDeviceToHost));
+    for (int i = 0; i < 8; i++) CHECK(y[i] == whole[i]);
+    CHECK(isnan(y[8]));
+    for (int i = 9; i < 12; i++) CHECK(fabs(y[i] / exp2((double)x[i]) - 1) <= 2 * EPS);
+    OK(cudaFree(device));
+    OK(cudaFree(result));
+}
+
 int main(void) {
+    test_powers_of_two();
     test_matrices();
     test_matmul<false, 16>(80, 72, 104);
     test_matmul<true, 16>(65, 72, 40);

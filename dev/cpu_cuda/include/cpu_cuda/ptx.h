@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include <math.h>
+
 #include "engine.h"
 
 namespace cpu_cuda::ptx {
@@ -56,5 +58,8 @@ void cp_async_wait_group(Place here, int groups);       // all but the newest `g
 void cp_async_wait_all(Place here);
 
 inline void bar_sync(Place here, int id, int threads) { named_barrier(id, threads, here); }
+
+// 2^x exact but for its last bits; what would be subnormal becomes 0.
+inline void ex2_approx_ftz_f32(Place, float& y, float x) { y = x < -126 ? 0 : exp2f(x); }
 
 }  // namespace cpu_cuda::ptx
