@@ -47,7 +47,6 @@ struct Streams {
     std::set<CUstream_st*> all;
     std::set<CUevent_st*> events;
     std::vector<Work> pending;          // in the order of enqueue()
-    bool running = false;               // pending work
     unsigned random = options().seed * 2654435761u + 1;
     std::map<std::string, size_t> shared_allowed;       // by kernel: its cudaFuncSetAttribute
     int device = -1;
@@ -98,11 +97,7 @@ void force(const Work& wanted) {
     auto rest = std::stable_partition(pending.begin(), pending.end(), needed);
     std::vector<Work> now(pending.begin(), rest);
     pending.erase(pending.begin(), rest);
-    // NCCL's work lets other threads call while it waits.
-    if (streams().running) stop(calling_line(), "under `lazy` only one host thread may wait for NCCL's work");
-    streams().running = true;
     for (const Work& operation : now) run(*operation);
-    streams().running = false;
 }
 
 // Under order=random other work, which is independent, may get ahead.
