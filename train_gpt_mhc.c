@@ -1757,7 +1757,8 @@ static Config config_of(const Options* o) {
 // them for a GPU. The run's own copies of parameters and moments (model) are what files are written from.
 
 static void machine_layout(Run* run, Arena* arena, int block);  // its memory on the host
-static bool machine_open(Run* run, Error* e);       // before memory is taken: does it fit there too?
+static bool machine_can(const Run* run, Error* e);  // whether it has what the options ask for
+static bool machine_open(Run* run, Error* e);       // before memory is taken: does it fit? Decides --batch auto
 static void machine_close(Run* run);
 static void machine_describe(const Run* run, char* text, size_t size);
 static void machine_print_plan(const Run* run);
@@ -1783,6 +1784,13 @@ static void machine_layout(Run* run, Arena* arena, int block) {
     activations_layout(&run->acts, arena, &run->c, (int)run->o.batch, run->c.T, block, run->training);
     activations_layout(&run->infer, arena, &run->c, 1, run->c.T, 1, false);
     plan_add(arena, "program and panels of matrices", ((size_t)3 + (size_t)thread_count()) << 20);
+}
+
+static bool machine_can(const Run* run, Error* e) {
+    if (run->o.batch == BATCH_AUTO)
+        return fail(e, "--batch: found auto, expected a number, as in --batch 8; auto is for a GPU");
+    return run->o.kernels == KERNELS_PLAIN ||
+           fail(e, "--kernels: found fused, expected plain, leave it out: others are for a GPU");
 }
 
 static bool machine_open(Run* run, Error* e) { return run && e; }
@@ -2186,8 +2194,8 @@ static bool allocate_run(Run* run, Error* e) {
     model_layout(&run->model, &run->c);
     activations_open(&run->acts, &run->c);
     activations_open(&run->infer, &run->c);
-    layout_run(run, &run->arena);
     if (!machine_open(run, e)) return false;
+    layout_run(run, &run->arena);
     if (run->o.plan) return true;
     if (!plan_check(&run->arena, "reduce --batch, --seq or --layers, or try --recompute auto", e))
         return false;
@@ -2224,7 +2232,7 @@ static void vocabulary_of(Run* run, const SafeFile* f) {
 }
 
 static bool check_options(const Run* run, Error* e) {
-    if (!options_check(&run->o, e)) return false;
+    if (!options_check(&run->o, e) || !machine_can(run, e)) return false;
     if (run->o.recompute > 2 * run->o.layers)
         return fail(e, "--recompute: found %ld, expected at most the number of sublayers, %ld",
                     run->o.recompute, 2 * run->o.layers);
