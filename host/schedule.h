@@ -129,7 +129,7 @@ static inline void schedule_pair(Generator* g, int phase, bool x_received) {
     schedule_next(g, MESSAGE_SEND_DX, !phase);
 }
 
-// Step 2. Phase 0 receives one F ahead and sends one F late: so the order on a link is the same at both ends.
+// Step 2. Phase 0 receives one F ahead and sends one F late: so the order on a link is one at both ends.
 static inline void schedule_both(Generator* g, int h, bool mid) {
     bool v = g->s->kind == PIPELINE_DUALPIPEV;
     schedule_next(g, MESSAGE_RECEIVE_X, 0);
