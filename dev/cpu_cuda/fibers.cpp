@@ -558,6 +558,7 @@ static void begin_block(Worker* w, size_t slot, size_t number) {
     block->warps = &w->warps[slot * block_warps];
     block->shared = w->arenas[slot];
     block->shared_size = ARENA;
+    block->shared_used = 0;
     block->variables.clear();
     block->copies.clear();
     for (size_t i = 0; i < block_warps; i++) {
@@ -568,7 +569,7 @@ static void begin_block(Worker* w, size_t slot, size_t number) {
     }
     if (address_sanitizer) __asan_poison_memory_region(block->shared, ARENA);
     if (checking) check::block_begins(block);
-    open_shared(block, nullptr, block->shared, launched->shared);
+    if (launched->shared) open_shared(block, nullptr, block->shared, launched->shared);
 }
 
 // Runs the blocks from `first` on that are resident together, to their end.
