@@ -173,10 +173,10 @@ int submit(Launch launch) {
     Lock lock(runtime_lock());
     cudaError_t error = error_of(launch);
     if (error != cudaSuccess) return remember(error);
-    std::shared_ptr<void> arguments(aligned_alloc(64, (launch.arguments_size + 63) / 64 * 64), free);
-    launch.arguments = memcpy(arguments.get(), launch.arguments, launch.arguments_size);
-    close_host_pointers(launch.arguments, launch.arguments_size);
-    enqueue(launch.stream, [launch, arguments] {
+    std::vector<char> bytes((char*)launch.arguments, (char*)launch.arguments + launch.arguments_size);
+    close_host_pointers(bytes.data(), bytes.size());
+    enqueue(launch.stream, [launch, bytes = std::move(bytes)]() mutable {
+        launch.arguments = bytes.data();
         DeviceCode device;
         run_grid(launch);
         check_slack(launch);
@@ -278,12 +278,6 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, i
     return create(stream, {flags != cudaStreamNonBlocking}, flags, cudaStreamNonBlocking);
 }
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
-    return cudaStreamCreateWithPriority(stream, flags, 0);
-}
-
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, 0); }
-
 // As CUDA has it, work that waits in the stream still runs some time.
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return destroy(stream); }
 
@@ -307,7 +301,6 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
     return create(event, {}, flags, cudaEventDisableTiming);
 }
 
-cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return destroy(event); }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
