@@ -907,8 +907,8 @@ template <int N> __host__ __device__ constexpr int streams_of(int n) { return N 
 // Coefficients of a token, pre (n) | post (n) | res (n, n)[out][in]; fn has no more outputs than that.
 __host__ __device__ constexpr int coefs(int n) { return n * n + 2 * n; }
 
-// While a kernel has them they are pre (N) | post (N) | res (N, N), with room for absent streams. m is an index
-// there, slot_of(m) its place in a thread's array.
+// While a kernel has them they are pre (N) | post (N) | res (N, N), with room for absent streams. m is an
+// index there, slot_of(m) its place in a thread's array.
 template <int N> __device__ __forceinline__ constexpr int slot_of(int m) {
     return N < MAX_N ? m : m * TOKEN_THREADS;
 }
@@ -1805,10 +1805,10 @@ attention_backward_kernel(floatX* dqkv, const floatX* dout, const float* lse, co
 static void attention_backward_plain(floatX* dqkv, const floatX* dout, const float* lse, const float* delta,
                                      const floatX* qkv, int B, int T, int C, int NH, cudaStream_t stream) {
     dim3 grid(B * NH, ceil_div(T, PLAIN_ROWS), ceil_div(C / NH, PLAIN_WIDTH)), block(PLAIN_THREADS);
-    attention_backward_kernel<false><<<grid, block, 0, stream>>>(dqkv, dout, lse, delta, qkv, T, C, NH);
-    LAUNCHED();
-    attention_backward_kernel<true><<<grid, block, 0, stream>>>(dqkv, dout, lse, delta, qkv, T, C, NH);
-    LAUNCHED();
+    for (auto kernel : {attention_backward_kernel<false>, attention_backward_kernel<true>}) {
+        kernel<<<grid, block, 0, stream>>>(dqkv, dout, lse, delta, qkv, T, C, NH);
+        LAUNCHED();
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1859,7 +1859,12 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-__device__ __forceinline__ float power_of_2(float x) { return exp2f(x); }
+// To a relative 2^-22, 0 below 2^-126; of -infinity 0, of NaN NaN
+__device__ __forceinline__ float power_of_2(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -2266,11 +2271,10 @@ template <int D, bool OF_KEYS>
 static void flash_backward_side(floatX* dqkv, const floatX* dout, const float* lse, const float* delta,
                                 const floatX* qkv, int B, int T, int C, int NH, cudaStream_t stream) {
     typedef FlashBackward<D, OF_KEYS> Size;
-    CUDA(cudaFuncSetAttribute(flash_backward_kernel<D, OF_KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              (int)Size::SHARED));
+    auto kernel = flash_backward_kernel<D, OF_KEYS>;
     int blocks = ceil_div(T, Size::ROWS) * B * NH;
-    flash_backward_kernel<D, OF_KEYS>
-        <<<blocks, FLASH_THREADS, Size::SHARED, stream>>>(dqkv, dout, lse, delta, qkv, T, C, NH);
+    CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)Size::SHARED));
+    kernel<<<blocks, FLASH_THREADS, Size::SHARED, stream>>>(dqkv, dout, lse, delta, qkv, T, C, NH);
     LAUNCHED();
 }
 
@@ -2466,7 +2470,10 @@ static size_t backward_scratch(const Config* c, int B, int T, const BoundaryKern
     return most;
 }
 
-enum { LOGITS_BYTES = 1 << 30 };        // of logits at once, at most: enough for every product to fill a GPU
+enum {
+    LOGITS_BYTES = 1 << 30,     // of logits at once, at most: enough for every product to fill a GPU
+    DUMP_ROWS = 64              // of logits, at least; and that a dump fetches at once
+};
 
 static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, const Config* c, int B,
                                       int T, int block, const BoundaryKernels* kernels, bool training) {
@@ -2476,7 +2483,7 @@ static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, 
     a->T = T;
     a->block = block;
     a->kernels = kernels;
-    a->head_rows = (int)(chunk < 64 ? 64 : chunk);
+    a->head_rows = (int)(chunk < (size_t)DUMP_ROWS ? (size_t)DUMP_ROWS : chunk);
     if ((size_t)a->head_rows > rows) a->head_rows = (int)rows;
     device_layout_states(a, arena, c, rows, training);
     for (int k = 0; k < 2 * c->L; k++) device_layout_sublayer(a->sub + k, arena, c, k, rows, training);
@@ -2697,8 +2704,8 @@ static ConnectionBackward connection_gradients(const Pass* p, int k) {
             grad(m, k % 2 ? LN_2_B : LN_1_B, l)};
 }
 
-// From the input of sublayer k to the output of sublayer k - 1: from a->dstate and a->dln to df (rows, C), which
-// is returned, NULL for k = 0; gradients of the connection and of LayerNorm +=. Behind k = 2L is no sublayer.
+// From the input of sublayer k to the output of sublayer k - 1: from a->dstate and a->dln to df (rows, C),
+// which is returned, NULL for k = 0; gradients of the connection and of LayerNorm +=. There is no sublayer 2L.
 static const floatX* boundary_backward(const Pass* p, int k) {
     const DeviceModel* d = p->d;
     const Model* m = &d->m;
@@ -2750,7 +2757,7 @@ typedef struct {
     size_t first, offset;       // index of its first number in the model's arrays, and in its tensor
     uint64_t name;              // of its tensor, hashed
     int count, tensor;          // numbers; index into the model's tensors
-    bool decayed;
+    bool decayed, copied;       // of connections only masters are read
 } Chunk;
 
 enum { NO_TENSOR = 0x7f7f7f7f };                        // four equal bytes, for cudaMemsetAsync
@@ -2783,7 +2790,8 @@ static Chunk chunk_of(const Tensor* t, int tensor, int k) {
                tensor_seed(t, 0),
                (int)(left < (size_t)CHUNK ? left : (size_t)CHUNK),
                tensor,
-               t->spec->decayed};
+               t->spec->decayed,
+               !strstr(t->name, "_hc.")};
     return c;
 }
 
@@ -2857,7 +2865,7 @@ static void gradient_norm_gpu(const Optimiser* o, double* norm, const float* gra
 // Matrices are rounded stochastically: an update that is smaller than half a unit in the last place of a
 // weight would else be unseen by the forward pass for many steps, and a product averages over the errors of a
 // row. Vectors (biases, LayerNorm) are rounded to nearest: a channel's error there hits every token alike,
-// and nothing averages it. Of connections only fp32 masters are read.
+// and nothing averages it. Connections have no copies.
 //
 // The draw is a function of (seed, step, tensor's name, index in the tensor): a run that is resumed, or
 // divided otherwise, has the same copies.
@@ -2896,6 +2904,7 @@ static __global__ void round_weights_kernel(floatX* copies, const float* masters
                                             uint64_t seed) {
     const Chunk c = chunks[blockIdx.x];
     uint64_t draws = draws_of(c, seed);
+    if (!c.copied) return;
     copies += c.first, masters += c.first;
     for (int i = threadIdx.x; i < c.count; i += CHUNK_THREADS) copies[i] = copy_of(masters[i], c, draws, i);
 }
@@ -2925,7 +2934,7 @@ static __global__ void adamw_kernel(float* params, float* adam_m, float* adam_v,
         adam_m[i] = m;
         adam_v[i] = v;
         params[i] = p;
-        copies[i] = copy_of(p, c, draws, i);
+        if (c.copied) copies[i] = copy_of(p, c, draws, i);
     }
 }
 // Masters, moments and copies after update u->step
@@ -3365,8 +3374,14 @@ static void machine_dump(Run* run, real* logits) {
                          cudaMemcpyDeviceToHost, g->stream));
     fetch_coefficients(run, rows);
     Pass p = gpu_pass(g, &g->acts, (int)run->o.batch, run->c.T, 0);
-    for (int r = 0; r < rows; r++) {
-        device_head_logits(&p, r, 1);
-        fetch_numbers(g, logits + (size_t)r * (size_t)V, g->acts.logits, (size_t)V);
+    int Vp = padded_vocabulary(&run->c), most = min_int(rows, DUMP_ROWS);
+    float* padded = (float*)allocate((size_t)most * (size_t)Vp, sizeof(float));
+    for (int r = 0; r < rows; r += most) {
+        int count = min_int(most, rows - r);
+        device_head_logits(&p, r, count);
+        fetch_numbers(g, padded, g->acts.logits, (size_t)count * (size_t)Vp);
+        for (int i = 0; i < count; i++, logits += V)
+            memcpy(logits, padded + (size_t)i * (size_t)Vp, sizeof(float) * (size_t)V);
     }
+    free(padded);
 }
