@@ -25,6 +25,7 @@
     X(cudaErrorDevicesUnavailable, 46, "CUDA-capable device(s) is/are busy or unavailable") \
     X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                            \
     X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                   \
+    X(cudaErrorNotReady, 600, "device not ready")                                       \
     X(cudaErrorCooperativeLaunchTooLarge, 720, "too many blocks in cooperative launch")
 
 // The number, and the member of cudaDeviceProp that it asks for.
@@ -105,6 +106,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
 inline cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = 0);
+cudaError_t cudaEventQuery(cudaEvent_t event);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
 
 // ------------------------------------------------------------------------------------------------
