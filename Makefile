@@ -81,8 +81,10 @@ fuzz:
 mutate:
 	$(PYTHON) dev/mutate.py $(ARGS)
 
+# In this order: others take their learning rates from lr, and share runs.
+FIGURES ?= lr loss gradnorm streams mixing gain depth stress table1 sinkhorn constraints n_gap scaling overhead
 figures: train_gpt_mhc
-	sh scripts/fig_gain.sh
+	for name in $(FIGURES); do PYTHON=$(PYTHON) sh scripts/fig_$$name.sh $(ARGS) || exit; done
 
 # --- on a GPU, with nvcc; or the same files on the CPU, with NVCC=dev/cpu_cuda/nvcc NVCC_OPT=-O1
 

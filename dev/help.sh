@@ -13,7 +13,7 @@ mhc.c trains GPT models with manifold-constrained hyper-connections.
   make bench       tokens/s, GFLOP/s, and the cost of each residual mode against plain
   make fuzz        throw damaged files at every parser (ARGS=seconds)
   make mutate      plant mistakes in the mathematics and see the checks find them
-  make figures     gains of plain, HC and mHC over the steps
+  make figures     the paper's figures, small; FIGURES="gain loss": some; sh scripts/fig_gain.sh --help
   make test-cpu-cuda   CUDA source run on the CPU: the checks of dev/cpu_cuda
   make gpu-compile     every .cu with nvcc, for each architecture (no GPU needed)
   make clean
@@ -27,4 +27,5 @@ yes_no "OpenMP (several threads)" "$cc -fopenmp $probe/a.c -o $probe/a" "trainin
 yes_no "MPI (ranks in several processes)" '[ "$mpi" ]' "one rank; make deps, or an Open MPI or MPICH of yours (MPICC=mpicc)"
 yes_no "clang with libFuzzer (make fuzz)" "printf 'int LLVMFuzzerTestOneInput(void) { return 0; }' > $probe/f.c && clang -fsanitize=fuzzer $probe/f.c -o $probe/f" "install clang"
 yes_no "nvcc (make gpu-compile)" "command -v ${NVCC:-nvcc}" "install the CUDA toolkit"
+yes_no "matplotlib (make figures)" "${PYTHON:-/usr/bin/python3} -c 'import matplotlib'" "make deps"
 yes_no "PyTorch (the oracle in make test)" "${PYTHON:-/usr/bin/python3} -c 'import torch'" "make deps; until then those checks are skipped"
