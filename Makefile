@@ -99,17 +99,33 @@ endif
 NVCC_FLAGS = -std=c++17 $(NVCC_OPT) -arch=$(or $(ARCH),sm_80) -DPRECISION_$(PRECISION) -DGIT_HASH='"$(GIT_HASH)"' -D_GNU_SOURCE \
              -Xcompiler -Wall,-Wextra,-Wno-unused-function,-fopenmp -Xcompiler -ffp-contract=fast
 
-train_gpt_mhc_cuda: train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile
-	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(filter -D% -I% -L% -l%,$(MPI)) -lcublasLt
+# Attention by cuDNN: USE_CUDNN=1, and CUDNN_FRONTEND=folder where the headers of cudnn-frontend are not found without.
+ifeq ($(USE_CUDNN),1)
+ifeq ($(PRECISION),FP32)
+$(error USE_CUDNN: found PRECISION=FP32, expected BF16)
+endif
+CUDNN_HEADERS := $(addprefix -isystem ,$(CUDNN_FRONTEND))
+CUDNN := $(shell echo 'int main() { return cudnnGetVersion() == 0; }' > .probe.cc; $(NVCC) -x c++ $(CUDNN_HEADERS) -include cudnn.h -include cudnn_frontend_version.h .probe.cc -o .probe -lcudnn 2> /dev/null && echo build/attention_cudnn.o -lcudnn; rm -f .probe .probe.cc)
+ifeq ($(CUDNN),)
+$(error USE_CUDNN: found no cudnn.h, cudnn_frontend_version.h and -lcudnn that $(NVCC) links, expected cuDNN 9 and cudnn-frontend, install them or give CUDNN_FRONTEND=folder)
+endif
+NVCC_FLAGS += -DUSE_CUDNN
+endif
 
-test_gpt_mhc_cuda: test_gpt_mhc.cu train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile
-	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt
+build/attention_cudnn.o: dev/cuda/attention_cudnn.h | build
+	$(NVCC) -x c++ -std=c++17 -O2 -Xcompiler -Wall,-Wextra,-Werror -DCUDNN_IMPLEMENTATION $(CUDNN_HEADERS) -c $< -o $@
+
+train_gpt_mhc_cuda: train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile $(filter %.o,$(CUDNN))
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(filter -D% -I% -L% -l%,$(MPI)) -lcublasLt $(CUDNN)
+
+test_gpt_mhc_cuda: test_gpt_mhc.cu train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile $(filter %.o,$(CUDNN))
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt $(CUDNN)
 
 train-gpu: train_gpt_mhc_cuda
 	./train_gpt_mhc_cuda --config scripts/tiny.cfg --out $(DIR) --overwrite $(ARGS)
 
 test-gpu:
-	NVCC=$(NVCC) sh dev/gpu_test.sh
+	NVCC=$(NVCC) USE_CUDNN=$(USE_CUDNN) CUDNN_FRONTEND=$(CUDNN_FRONTEND) sh dev/gpu_test.sh
 
 test-cpu-cuda:
 	sh dev/cpu_cuda/test/run.sh

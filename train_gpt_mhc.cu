@@ -2290,6 +2290,11 @@ static void flash_backward(floatX* dqkv, const floatX* dout, const float* lse, c
 // ------------------------------------------------------------------------------------------------
 // The choice
 
+#ifdef USE_CUDNN
+#include "dev/cuda/attention_cudnn.h"
+static_assert(sizeof(floatX) == 2, "cuDNN's attention is for bf16");
+#endif
+
 // Whether flash kernels serve heads of D numbers. addresses: all tensors', or-ed. Rows are aligned where the
 // first one is.
 static bool flash_serves(int D, uintptr_t addresses) {
@@ -2301,6 +2306,10 @@ static void attention_forward_gpu(floatX* out, float* lse, const floatX* qkv, in
                                   int NH, cudaStream_t stream) {
     assert(B > 0 && 0 <= row0 && row0 < T && NH > 0 && C > 0 && C % NH == 0);
     int D = C / NH;
+#ifdef USE_CUDNN
+    bool whole = row0 == 0 && !attention_plain_only;
+    if (whole && cudnn_attention_forward(out, lse, qkv, B, T, C, NH, stream)) return;
+#endif
     if (!flash_serves(D, (uintptr_t)out | (uintptr_t)qkv)) {
         attention_forward_plain(out, lse, qkv, B, T, row0, C, NH, stream);
         return;
@@ -2320,6 +2329,10 @@ static void attention_backward_gpu(floatX* dqkv, const floatX* dout, const float
     assert(B > 0 && T > 0 && NH > 0 && C > 0 && C % NH == 0);
     int D = C / NH;
     float* delta = scratch;
+#ifdef USE_CUDNN
+    if (!attention_plain_only && cudnn_attention_backward(dqkv, dout, out, lse, qkv, B, T, C, NH, stream))
+        return;
+#endif
     if (!flash_serves(D, (uintptr_t)dqkv | (uintptr_t)dout | (uintptr_t)out | (uintptr_t)qkv)) {
         attention_delta<WARP, 1>(delta, dout, out, B, T, C, NH, stream);
         attention_backward_plain(dqkv, dout, lse, delta, qkv, B, T, C, NH, stream);
@@ -3012,6 +3025,10 @@ static void gpu_layout(Gpu* g, const Run* run, int B) {
                               run->training);
     device_activations_layout(&g->infer, &g->arena, c, 1, T, 1, kernels, false);
     g->workspace = device_carve(&g->arena, "workspace of products", WORKSPACE_BYTES, 1);
+#ifdef USE_CUDNN
+    size_t bytes = cudnn_attention_plan(B, T, c->C, c->NH, run->training);
+    cudnn_attention_workspace(device_carve(&g->arena, "workspace of cuDNN", bytes, 1), bytes);
+#endif
     g->sums = (StepSums*)device_carve(&g->arena, "data", 1, sizeof(StepSums));
     optimiser_memory(&g->optimiser, &g->arena, &g->model.m);
 }

@@ -1,8 +1,8 @@
 // attention_cudnn.h: causal attention by cuDNN in place of train_gpt_mhc.cu's kernels, where it is built with
-// USE_CUDNN=1. Letters and shapes as there. It serves bf16 and heads of a multiple of 8 channels, at most 128,
-// for the shapes that have a plan, which are training's; everything else stays with the trainer's kernels: out
-// and lse mean the same to both. The backward pass is the deterministic one: on Hopper its workspace grows
-// with B * NH * T * T.
+// USE_CUDNN=1. Letters and shapes as there. It serves bf16 and heads of a multiple of 8 channels, at most
+// 128, for the shapes that have a plan, which are training's; everything else stays with the trainer's
+// kernels: out and lse mean the same to both. The backward pass is the deterministic one: on Hopper its
+// workspace grows with B * NH * T * T.
 //
 // cuDNN is called through cudnn-frontend, C++ headers that cost a host compiler half a minute and nvcc
 // minutes. So they are compiled apart: included, this file declares; with CUDNN_IMPLEMENTATION, by itself, it
@@ -10,13 +10,13 @@
 
 #include <cuda_runtime.h>
 
-// Makes the plans for a shape, where there is a GPU; with training also for the way back. Returns the bytes of
-// workspace that the hungriest plan so far wants.
+// Makes the plans for a shape, where there is a GPU; with training also for the way back. Returns the bytes
+// of workspace that they want.
 size_t cudnn_attention_plan(int B, int T, int C, int NH, bool training);
-// What all plans work in from now on
-void cudnn_attention_workspace(void* memory);
+// What plans work in from now on, those that want no more than that
+void cudnn_attention_workspace(void* memory, size_t bytes);
 
-// out (B, T, C), lse (B, NH, T) from qkv (B, T, 3C). False if there is no plan; then nothing is done.
+// out (B, T, C), lse (B, NH, T) from qkv (B, T, 3C). False if there is no such plan; then nothing is done.
 bool cudnn_attention_forward(void* out, float* lse, const void* qkv, int B, int T, int C, int NH,
                              cudaStream_t stream);
 // dqkv (B, T, 3C) from dout (B, T, C) and what the forward pass read and wrote. False likewise.
@@ -27,7 +27,7 @@ bool cudnn_attention_backward(void* dqkv, const void* dout, const void* out, con
 
 #include <cudnn_frontend.h>
 
-#include <cassert>
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -42,7 +42,7 @@ typedef std::unordered_map<int64_t, void*> Pointers;            // by Id
 enum Id : int64_t { Q = 1, K, V, OUT, LSE, DOUT, DQ, DK, DV };
 
 struct Shape { int B, T, C, NH; };
-struct Plan { Shape shape; std::unique_ptr<Graph> forward, backward; };
+struct Plan { Shape shape; std::unique_ptr<Graph> forward, backward; size_t workspace; };
 
 static cudnnHandle_t handle;
 static std::vector<Plan> plans;
@@ -52,8 +52,8 @@ static size_t workspace_bytes;
 static void check(fe::error_t error, const Shape& s, const char* what) {
     if (error.is_good()) return;
     fprintf(stderr,
-            "cuDNN: found no %s of attention with B %d, T %d, %d heads of %d (%s), expected one, build without "
-            "USE_CUDNN\n",
+            "cuDNN: found no %s of attention with B %d, T %d, %d heads of %d (%s), expected one, build "
+            "without USE_CUDNN\n",
             what, s.B, s.T, s.NH, s.C / s.NH, error.get_message().c_str());
     exit(2);
 }
@@ -120,12 +120,6 @@ static std::unique_ptr<Graph> backward_graph(const Shape& s) {
     return g;
 }
 
-static std::unique_ptr<Graph> build(std::unique_ptr<Graph> g, const Shape& s, const char* what) {
-    check(g->build(handle, {fe::HeurMode_t::A}), s, what);
-    workspace_bytes = std::max(workspace_bytes, (size_t)g->get_workspace_size());
-    return g;
-}
-
 // ------------------------------------------------------------------------------------------------
 
 static bool serves(const Shape& s) {
@@ -133,28 +127,34 @@ static bool serves(const Shape& s) {
     return D % 8 == 0 && D <= 128 && cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 }
 
+static void build(Plan* p, std::unique_ptr<Graph>* place, std::unique_ptr<Graph> g, const char* what) {
+    check(g->build(handle, {fe::HeurMode_t::A}), p->shape, what);
+    p->workspace = std::max(p->workspace, (size_t)g->get_workspace_size());
+    *place = std::move(g);
+}
+
 size_t cudnn_attention_plan(int B, int T, int C, int NH, bool training) {
     Shape s = {B, T, C, NH};
     if (!serves(s)) return 0;
     if (!handle) check(cudnnCreate(&handle), "cudnnCreate");
     Plan* p = find_plan(s);
-    if (!p) p = &plans.emplace_back(Plan{s, build(forward_graph(s), s, "plan"), nullptr});
-    if (training && !p->backward) p->backward = build(backward_graph(s), s, "deterministic plan for the way back");
-    return workspace_bytes;
+    if (!p) p = &plans.emplace_back(Plan{s, nullptr, nullptr, 0});
+    if (!p->forward) build(p, &p->forward, forward_graph(s), "plan");
+    if (training && !p->backward) build(p, &p->backward, backward_graph(s), "deterministic backward plan");
+    return p->workspace;
 }
 
-void cudnn_attention_workspace(void* memory) { workspace = memory; }
+void cudnn_attention_workspace(void* memory, size_t bytes) { workspace = memory, workspace_bytes = bytes; }
 
 static bool aligned(const Pointers& pointers) {
     for (auto& p : pointers)
         if ((uintptr_t)p.second % 16) return false;
     return true;
 }
-static bool execute(const Shape& s, const Graph* graph, Pointers& pointers, cudaStream_t stream) {
-    if (!graph || !aligned(pointers)) return false;
-    assert(workspace || !workspace_bytes);
+static bool execute(const Plan& p, const Graph* graph, Pointers& pointers, cudaStream_t stream) {
+    if (!graph || p.workspace > workspace_bytes || !aligned(pointers)) return false;
     check(cudnnSetStream(handle, stream), "cudnnSetStream");
-    check(graph->execute(handle, pointers, workspace), s, "way to run its plan");
+    check(graph->execute(handle, pointers, workspace), p.shape, "way to run its plan");
     return true;
 }
 // q, k or v, or its gradient, within a tensor (B, T, 3C) of bf16
@@ -162,21 +162,19 @@ static void* third(const void* qkv, int C, int which) { return (uint16_t*)qkv + 
 
 bool cudnn_attention_forward(void* out, float* lse, const void* qkv, int B, int T, int C, int NH,
                              cudaStream_t stream) {
-    Shape s = {B, T, C, NH};
-    Plan* p = find_plan(s);
+    Plan* p = find_plan({B, T, C, NH});
     Pointers pointers = {{Q, third(qkv, C, 0)}, {K, third(qkv, C, 1)}, {V, third(qkv, C, 2)}, {OUT, out},
                          {LSE, lse}};
-    return p && execute(s, p->forward.get(), pointers, stream);
+    return p && execute(*p, p->forward.get(), pointers, stream);
 }
 
 bool cudnn_attention_backward(void* dqkv, const void* dout, const void* out, const float* lse,
                               const void* qkv, int B, int T, int C, int NH, cudaStream_t stream) {
-    Shape s = {B, T, C, NH};
-    Plan* p = find_plan(s);
+    Plan* p = find_plan({B, T, C, NH});
     Pointers pointers = {{Q, third(qkv, C, 0)},   {K, third(qkv, C, 1)},   {V, third(qkv, C, 2)},
                          {OUT, (void*)out},       {DOUT, (void*)dout},     {LSE, (void*)lse},
                          {DQ, third(dqkv, C, 0)}, {DK, third(dqkv, C, 1)}, {DV, third(dqkv, C, 2)}};
-    return p && execute(s, p->backward.get(), pointers, stream);
+    return p && execute(*p, p->backward.get(), pointers, stream);
 }
 
 #endif  // CUDNN_IMPLEMENTATION
