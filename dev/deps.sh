@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs what only checks and figures need: PyTorch for the oracle, clang for the fuzzers, matplotlib, two MPIs
-# for ranks. Debian keeps the MPIs apart as mpicc.openmpi, mpicc.mpich and mpirun.*; mpicc is Open MPI then (update-alternatives --config mpi).
+# for ranks. Debian keeps the MPIs apart as mpicc.openmpi, mpicc.mpich and mpirun.*; mpicc is Open MPI then
+# (update-alternatives --config mpi).
 set -e
 if command -v apt-get > /dev/null; then
     sudo=; [ "$(id -u)" = 0 ] || sudo=sudo
