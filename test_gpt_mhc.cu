@@ -1089,6 +1089,36 @@ static void test_attention_sequences_apart(void) {
     }
 }
 
+#ifdef USE_CUDNN
+// cuDNN's kernels round what the flash kernels round, and are held to the same bounds; another call has the
+// same bits. A shape without a plan is not theirs.
+static void test_attention_cudnn(void) {
+    uint64_t seed = 2000;
+    for (const AttentionCase& c : {AttentionCase{2, 64, 3, 64, 1}, AttentionCase{1, 200, 2, 128, 1},
+                                   AttentionCase{3, 130, 2, 40, 1}, AttentionCase{1, 70, 2, 64, 12}}) {
+        AttentionReference r = attention_reference(c, seed += 10);
+        int C = attention_width(c);
+        double tolerance = 2 * ROUNDING + 1e-5 + 4 * r.largest_score / (1 << 24);
+        size_t bytes = cudnn_attention_plan(c.B, c.T, C, c.NH, true);
+        Device<char> workspace(bytes);
+        Device<floatX> qkv(r.qkv), out(r.out.size());
+        Device<float> lse(r.lse.size());
+        cudnn_attention_workspace(workspace.at, bytes);
+        bool other = cudnn_attention_forward(out.at, lse.at, qkv.at, c.B + 1, c.T, C, c.NH, 0);
+        bool served = cudnn_attention_forward(out.at, lse.at, qkv.at, c.B, c.T, C, c.NH, 0);
+        CHECK(served && !other, "D %d: served %d, expected 1; without a plan %d, expected 0", c.D, served, other);
+        AttentionResult got = attention_on_gpu(c, r, false, 0), again = attention_on_gpu(c, r, false, 0);
+        CHECK(got.out == out.get() && got.lse == lse.get(), "D %d: the trainer takes other kernels", c.D);
+        CHECK(got.out == again.out && got.lse == again.lse && got.dqkv == again.dqkv, "D %d: other bits",
+              c.D);
+        compare("cuDNN out", got.out, r.out, tolerance);
+        compare("cuDNN lse", got.lse, r.lse, 1e-5);
+        compare_qkv_gradients(c, "cuDNN", got.dqkv, r.dqkv, tolerance);
+        cudnn_attention_workspace(NULL, 0);
+    }
+}
+#endif
+
 // Positions from row0 on, as generation computes them: the same numbers, and nothing before is written.
 static void test_attention_from_row(void) {
     for (int D : {40, 64, 128})
@@ -1675,6 +1705,9 @@ int main(int argc, char** argv) {
         {"attention_unaligned", test_attention_unaligned},
         {"attention_sequences_apart", test_attention_sequences_apart},
         {"attention_from_row", test_attention_from_row},
+#ifdef USE_CUDNN
+        {"attention_cudnn", test_attention_cudnn},
+#endif
         {"gradient_norm", test_gradient_norm},
         {"adamw", test_adamw},
         {"copies_after_resume", test_copies_after_resume},
