@@ -1022,7 +1022,7 @@ static double paper_gradient_error(Rig* r, int k, bool rms_fixed) {
     fill(dln, (size_t)width, 1, 2);
     memcpy(a->dstate, dy, sizeof(real) * (size_t)width);
     memcpy(a->dln, dln, sizeof(real) * (size_t)(rows * PAPER_C));
-    connection_write_backward(&r->model.c, a, a->dnarrow, a->state[k], &a->sub[k], rows);
+    connection_write_backward(&r->model.c, a, a->du, a->state[k], &a->sub[k], rows);
     connection_backward(&r->model, a, a->state[k], &a->sub[k], k, rows);
     for (int e = 0; e < width; e++) {
         int row = e / PAPER_K, i = e % PAPER_K;

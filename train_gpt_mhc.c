@@ -357,28 +357,48 @@ static size_t dim_size(const Config* c, Dim dim) {
     return 0;
 }
 
-// One tensor of a model: a row of the table, in one block. In the order of the file,
-// each followed by the next.
+// A part of a model that is computed in one go: sublayers first .. last - 1, and the ends.
+typedef struct { int first, last; bool embeds, heads; } Stage;
+
+// One tensor of a model: a row of the table, in one block. In the order of the file.
 typedef struct {
     char name[MAX_NAME];
     const TensorSpec* spec;
     int block;                  // -1: not in a block
-    size_t rows, cols, first;   // first: index of its first number in the model's arrays
+    size_t rows, cols;
+    bool here;                  // held by this rank; without a pipeline all are
+    size_t first;               // index of its first number in params and grads
+    size_t piece, piece_size;   // its numbers piece .. piece + piece_size are updated by this rank,
+    size_t moments;             // and their moments start there
 } Tensor;
 
 typedef struct {
     Config c;
     Tensor* tensors;
     int tensor_count;
-    size_t first[TENSOR_KINDS]; // of block 0
-    size_t block_size, size;    // numbers in a block and in all
-    real *params, *grads, *adam_m, *adam_v;     // (size)
+    int* place;                 // [L] of a block among those held here, -1: it is not
+    size_t first[TENSOR_KINDS]; // of the first block here
+    size_t block_size, size, moment_size;       // numbers in a block, and of all that is here
+    size_t total;                               // parameters of the whole model
+    real *params, *grads;       // (size)
+    real *adam_m, *adam_v;      // (moment_size)
     real* head_grads; // (V, C): wte's gradient as the head; kept apart from the embedding's until the sum
 } Model;
 
 static size_t tensor_size(const Tensor* t) { return t->rows * t->cols; }
 
-static void model_add_tensor(Model* m, int id, int block) {
+static Stage whole_model(const Config* c) {
+    Stage whole = {0, 2 * c->L, true, true};
+    return whole;
+}
+
+static bool stage_holds(const Stage* s, int id, int block) {
+    if (block >= 0) return 2 * block >= s->first && 2 * block < s->last;
+    return id == WTE ? s->embeds || s->heads : id == WPE ? s->embeds : s->heads;
+}
+
+// stages, count: those that are held here
+static void model_add_tensor(Model* m, int id, int block, const Stage* stages, int count) {
     const TensorSpec* spec = &tensor_specs[id];
     Tensor t;
     memset(&t, 0, sizeof t);
@@ -386,37 +406,57 @@ static void model_add_tensor(Model* m, int id, int block) {
     t.block = block;
     t.rows = dim_size(&m->c, spec->rows);
     t.cols = dim_size(&m->c, spec->cols);
-    t.first = m->size;
+    t.piece_size = tensor_size(&t);
     if (!tensor_size(&t)) return;                       // plain models have no connections
     if (block >= 0) snprintf(t.name, sizeof t.name, "h.%d.%s", block, spec->name);
     else snprintf(t.name, sizeof t.name, "%s", spec->name);
-    if (block <= 0) m->first[id] = t.first;
+    for (int s = 0; s < count; s++) t.here = t.here || stage_holds(&stages[s], id, block);
+    t.first = t.moments = m->size;
+    if (t.here && (block < 0 || !m->place[block])) m->first[id] = t.first;
+    if (t.here) m->size += tensor_size(&t);
+    m->total += tensor_size(&t);
     m->tensors[m->tensor_count++] = t;
-    m->size += tensor_size(&t);
 }
 
-// Lists the tensors of the configuration in the order of the file. Allocates no numbers.
-static void model_layout(Model* m, const Config* c) {
+// Lists the tensors of the configuration in the order of the file; those of the stages are here. Allocates no
+// numbers. Every number that is here is updated here, until pieces are dealt out.
+static void model_layout_stages(Model* m, const Config* c, const Stage* stages, int count) {
+    int held = 0;
     memset(m, 0, sizeof *m);
     m->c = *c;
     m->tensors = (Tensor*)allocate((size_t)(TENSOR_KINDS * c->L), sizeof(Tensor));
-    model_add_tensor(m, WTE, -1);
-    model_add_tensor(m, WPE, -1);
+    m->place = (int*)allocate((size_t)c->L, sizeof(int));
+    model_add_tensor(m, WTE, -1, stages, count);
+    model_add_tensor(m, WPE, -1, stages, count);
     for (int l = 0; l < c->L; l++) {
         size_t before = m->size;
+        bool here = false;
+        for (int s = 0; s < count; s++) here = here || stage_holds(&stages[s], LN_1_W, l);
+        m->place[l] = here ? held++ : -1;
         for (int id = 0; id < TENSOR_KINDS; id++)
-            if (tensor_specs[id].per_block) model_add_tensor(m, id, l);
-        m->block_size = m->size - before;
+            if (tensor_specs[id].per_block) model_add_tensor(m, id, l, stages, count);
+        if (here) m->block_size = m->size - before;
     }
-    model_add_tensor(m, LN_F_W, -1);
-    model_add_tensor(m, LN_F_B, -1);
+    model_add_tensor(m, LN_F_W, -1, stages, count);
+    model_add_tensor(m, LN_F_B, -1, stages, count);
+    m->moment_size = m->size;
 }
 
-static void model_close(Model* m) { free(m->tensors); }
+static void model_layout(Model* m, const Config* c) {
+    Stage whole = whole_model(c);
+    model_layout_stages(m, c, &whole, 1);
+}
 
-// Where a parameter of block l lies in params, grads or a moment.
+static void model_close(Model* m) {
+    free(m->tensors);
+    free(m->place);
+}
+
+static bool holds_head(const Model* m) { return m->tensors[m->tensor_count - 1].here; }     // beside ln_f
+
+// Where a parameter of block l, which is held here, lies in params or grads.
 static real* at(const Model* m, real* numbers, TensorId id, int l) {
-    return numbers + m->first[id] + (tensor_specs[id].per_block ? (size_t)l * m->block_size : 0);
+    return numbers + m->first[id] + (tensor_specs[id].per_block ? (size_t)m->place[l] * m->block_size : 0);
 }
 static real* param(const Model* m, TensorId id, int l) { return at(m, m->params, id, l); }
 static real* grad(const Model* m, TensorId id, int l) { return at(m, m->grads, id, l); }
@@ -469,7 +509,8 @@ static void model_initialise_tensor(Model* m, const Tensor* t, uint64_t seed) {
 }
 
 static void model_initialise(Model* m, uint64_t seed) {
-    for (int i = 0; i < m->tensor_count; i++) model_initialise_tensor(m, &m->tensors[i], seed);
+    for (int i = 0; i < m->tensor_count; i++)
+        if (m->tensors[i].here) model_initialise_tensor(m, &m->tensors[i], seed);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -482,11 +523,15 @@ static void linear_forward(real* out, const real* in, const real* weight, const 
            false);
 }
 
-// din (rows, IC) =, dweight (OC, IC) +=, dbias (OC) += from dout (rows, OC)
-static void linear_backward(real* din, real* dweight, real* dbias, const real* dout, const real* in,
-                            const real* weight, int rows, int IC, int OC) {
+// din (rows, IC) = from dout (rows, OC)
+static void linear_backward_input(real* din, const real* dout, const real* weight, int rows, int IC, int OC) {
     matmul(din, (size_t)IC, matrix(dout, (size_t)OC, 1), matrix(weight, (size_t)IC, 1), rows, IC, OC, NULL,
            false);
+}
+
+// dweight (OC, IC) +=, dbias (OC) += from dout (rows, OC)
+static void linear_backward_weight(real* dweight, real* dbias, const real* dout, const real* in, int rows,
+                                   int IC, int OC) {
     matmul(dweight, (size_t)IC, matrix(dout, 1, (size_t)OC), matrix(in, (size_t)IC, 1), OC, IC, rows, NULL,
            true);
     add_column_sums(dbias, dout, NULL, rows, OC);
@@ -910,9 +955,10 @@ INLINE void write_forward(real* RESTRICT y, const real* RESTRICT x, const real* 
         }
 }
 
-// In: dy (n, C) in d. Out: dx (n, C) in d, without the read's part; df (C); dpost and dres in dcoef
-INLINE void write_backward(real* RESTRICT d, real* RESTRICT df, real* RESTRICT dcoef, const real* RESTRICT x,
-                           const real* RESTRICT f, const real* RESTRICT coef, int C, const int n) {
+// In: dy (n, C) in d. Out: dx (n, C) in d, without the read's part; df (C), which may be f itself;
+// dpost and dres in dcoef
+INLINE void write_backward(real* RESTRICT d, real* df, real* RESTRICT dcoef, const real* RESTRICT x,
+                           const real* f, const real* RESTRICT coef, int C, const int n) {
     const real *post = coef + n, *res = coef + 2 * n;
     for (int i = 0; i < n; i++) {
         dcoef[n + i] = dot(d + i * C, f, C);
@@ -958,28 +1004,39 @@ typedef struct {                // of streams, means over tokens
     double cosine, rank, share[MAX_N];  // between streams; effective rank; of the squared norm
 } StreamStats;
 
-typedef struct {
+// Of one micro-batch in one stage. Several micro-batches may be under way: the second half is the scratch of one
+// computation, which they share.
+typedef struct Activations {
     int B, T, block;            // at most; sublayers per block of recomputation
-    Sublayer* sub;              // [2L]
-    real** state;               // [2L + 1] (rows, n, C): kept where k % block == 0, else shared by all blocks
+    Stage stage;
+    Sublayer* sub;              // [2L], those of the stage
+    real** state;               // [2L + 1] (rows, n, C): of the stage; kept at the start of a block
     real *mean, *stats, *ln;    // (rows, C) mean of the last state's streams, (rows, 2), (rows, C)
-    real *logits;               // (head_rows, V)
+    real *losses;               // (rows)
+    int32_t *tokens, *targets;  // (rows), where the stage has an end of the model and training needs them
+    struct Activations* shared; // whose scratch this is; it knows whose states lie between blocks' starts:
+    const struct Activations* resident;
+    real** between;             // [block] (rows, n, C): states inside a block of recomputation
+    real *logits, *scratch;     // (head_rows, V); attention's
     int head_rows;
-    real *losses, *scratch;     // (rows); attention's
-    real *dstate, *dln, *dwide, *dnarrow, *du, *xhat;   // (rows, n, C), (rows, C), (rows, 4C), 3 x (rows, C)
+    real *dstate, *dln, *dwide, *du, *xhat;     // (rows, n, C), (rows, C), (rows, 4C), 2 x (rows, C)
     CoefficientGrads g;
     StreamStats* streams;       // [2L + 1], filled by the forward pass if not NULL
 } Activations;
 
 static void activations_open(Activations* a, const Config* c) {
     memset(a, 0, sizeof *a);
+    a->shared = a;
+    a->stage = whole_model(c);
     a->sub = (Sublayer*)allocate((size_t)(2 * c->L), sizeof(Sublayer));
     a->state = (real**)allocate((size_t)(2 * c->L + 1), sizeof(real*));
+    a->between = (real**)allocate((size_t)(2 * c->L + 1), sizeof(real*));
 }
 
 static void activations_close(Activations* a) {
     free(a->sub);
     free((void*)a->state);
+    if (a->shared == a) free((void*)a->between);
 }
 
 // Blocks of recomputation that store least (mHC Eq. 20), L in sublayers
@@ -988,12 +1045,12 @@ static int automatic_block(const Config* c) {
     return block < 1 ? 1 : block;
 }
 
-static void layout_sublayer(Sublayer* s, Arena* arena, const Config* c, int k, size_t rows, size_t T,
-                            bool training) {
-    size_t C = (size_t)c->C;
+static void layout_sublayer(const Activations* a, Arena* arena, const Config* c, int k, bool training) {
+    size_t C = (size_t)c->C, T = (size_t)a->T, rows = (size_t)a->B * T;
+    Sublayer* s = a->sub + k;
     s->coef = carve(arena, "coefficients", rows * (size_t)coefficient_count(c));
     if (k % 2 == 0) s->qkv = carve(arena, "activations", rows * 3 * C);
-    if (k >= 2 && !training) {          // without a backward pass only keys and values are wanted again
+    if (k >= a->stage.first + 2 && !training) { // without a backward pass only keys and values are wanted again
         Sublayer shared = s[-2];
         shared.coef = s->coef;
         shared.qkv = s->qkv;
@@ -1015,39 +1072,44 @@ static void layout_sublayer(Sublayer* s, Arena* arena, const Config* c, int k, s
     }
 }
 
-static void layout_states(Activations* a, Arena* arena, const Config* c, size_t rows, bool training) {
-    size_t size = rows * (size_t)(c->n * c->C);
-    int block = training ? a->block : 2;        // without a backward pass two states take turns
-    for (int k = 0; k <= 2 * c->L; k++) {
-        if (training ? k % block == 0 || k < block : k < 2) a->state[k] = carve(arena, "streams", size);
-        else a->state[k] = a->state[k % block];
+// Those at an end of the stage that is not an end of the model come and go with messages. Without a backward
+// pass two states take turns.
+static void layout_states(Activations* a, Arena* arena, const Config* c, bool training) {
+    size_t size = (size_t)a->B * (size_t)a->T * (size_t)(c->n * c->C);
+    const Stage* stage = &a->stage;
+    for (int k = stage->first; k <= stage->last; k++) {
+        int j = k - stage->first;
+        bool wired = (k == stage->first && !stage->embeds) || (k == stage->last && !stage->heads);
+        if (wired) continue;
+        if (training && j % a->block) a->state[k] = a->between[j % a->block];
+        else if (!training && j > 2) a->state[k] = a->state[k - 2];
+        else a->state[k] = carve(arena, "streams", size);
     }
 }
 
-// Everything that a step of B sequences of T tokens needs, after activations_open.
-static void activations_layout(Activations* a, Arena* arena, const Config* c, int B, int T, int block,
-                               bool training) {
-    size_t rows = (size_t)B * (size_t)T, C = (size_t)c->C, M = (size_t)projection_M(c);
-    enum { LOGITS_BYTES = 32 << 20 }; // rows of logits that exist at once: enough to fill the product
-    size_t chunk = LOGITS_BYTES / sizeof(real) / (size_t)c->V;
-    a->B = B;
-    a->T = T;
-    a->block = block;
-    a->head_rows = (int)(chunk < 64 ? 64 : chunk);
-    if ((size_t)a->head_rows > rows) a->head_rows = (int)rows;
-    layout_states(a, arena, c, rows, training);
-    for (int k = 0; k < 2 * c->L; k++) layout_sublayer(a->sub + k, arena, c, k, rows, (size_t)T, training);
+// What a micro-batch keeps, after the scratch has been laid out.
+static void activations_layout_slot(Activations* a, Arena* arena, const Config* c, bool training) {
+    size_t rows = (size_t)a->B * (size_t)a->T, C = (size_t)c->C;
+    bool ends = a->stage.embeds || a->stage.heads;
+    layout_states(a, arena, c, training);
+    for (int k = a->stage.first; k < a->stage.last; k++) layout_sublayer(a, arena, c, k, training);
+    if (ends && training) {
+        a->tokens = (int32_t*)plan_carve(arena, "data", rows, sizeof(int32_t));
+        a->targets = (int32_t*)plan_carve(arena, "data", rows, sizeof(int32_t));
+    }
+    if (!a->stage.heads) return;
     a->mean = carve(arena, "activations", rows * C);
     a->stats = carve(arena, "activations", rows * 2);
     a->ln = carve(arena, "activations", rows * C);
     a->losses = carve(arena, "activations", rows);
-    a->logits = carve(arena, "logits", (size_t)a->head_rows * (size_t)c->V);
-    a->scratch = carve(arena, "attention scores", attention_scratch_size(T) * (size_t)thread_count());
-    if (!training) return;
-    a->dstate = carve(arena, "backward", rows * (size_t)c->n * C);
+}
+
+static void layout_backward_scratch(Activations* a, Arena* arena, const Config* c) {
+    size_t rows = (size_t)a->B * (size_t)a->T, C = (size_t)c->C, M = (size_t)projection_M(c);
+    for (int j = 1; j < a->block; j++) a->between[j] = carve(arena, "streams", rows * (size_t)c->n * C);
+    if (a->stage.embeds && a->stage.heads) a->dstate = carve(arena, "backward", rows * (size_t)c->n * C);
     a->dwide = carve(arena, "backward", rows * 4 * C);
     a->dln = carve(arena, "backward", rows * C);
-    a->dnarrow = carve(arena, "backward", rows * C);
     a->du = carve(arena, "backward", rows * C);
     a->xhat = carve(arena, "backward", rows * C);
     if (!has_connections(c)) return;
@@ -1058,14 +1120,37 @@ static void activations_layout(Activations* a, Arena* arena, const Config* c, in
     a->g.shrink = carve(arena, "backward", rows * (size_t)projection_groups(c));
 }
 
+// The scratch of computations on B sequences of T tokens, in blocks of recomputation of `block` sublayers.
+static void activations_layout_scratch(Activations* a, Arena* arena, const Config* c, int B, int T, int block,
+                                       bool training) {
+    size_t rows = (size_t)B * (size_t)T;
+    enum { LOGITS_BYTES = 32 << 20 }; // rows of logits that exist at once: enough to fill the product
+    size_t chunk = LOGITS_BYTES / sizeof(real) / (size_t)c->V;
+    a->B = B;
+    a->T = T;
+    a->block = block;
+    a->head_rows = (int)(chunk < 64 ? 64 : chunk);
+    if ((size_t)a->head_rows > rows) a->head_rows = (int)rows;
+    a->logits = carve(arena, "logits", a->stage.heads ? (size_t)a->head_rows * (size_t)c->V : 0);
+    a->scratch = carve(arena, "attention scores", attention_scratch_size(T) * (size_t)thread_count());
+    if (training) layout_backward_scratch(a, arena, c);
+}
+
+// Everything that a step needs where one micro-batch is under way at a time, after activations_open.
+static void activations_layout(Activations* a, Arena* arena, const Config* c, int B, int T, int block,
+                               bool training) {
+    activations_layout_scratch(a, arena, c, B, T, block, training);
+    activations_layout_slot(a, arena, c, training);
+}
+
 // Parameters and what the optimiser keeps beside them. Only params without training.
 static void model_memory(Model* m, Arena* arena, bool training) {
     m->params = carve(arena, "parameters", m->size);
     if (!training) return;
     m->grads = carve(arena, "gradients", m->size);
-    m->head_grads = carve(arena, "gradients", (size_t)m->c.V * (size_t)m->c.C);
-    m->adam_m = carve(arena, "AdamW moments", m->size);
-    m->adam_v = carve(arena, "AdamW moments", m->size);
+    m->head_grads = carve(arena, "gradients", holds_head(m) ? (size_t)m->c.V * (size_t)m->c.C : 0);
+    m->adam_m = carve(arena, "AdamW moments", m->moment_size);
+    m->adam_v = carve(arena, "AdamW moments", m->moment_size);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1266,23 +1351,31 @@ static void sublayer_forward(const Model* m, const Activations* a, Sublayer* s, 
     }
 }
 
-// a->dln (rows, C) = from df (rows, C)
-static void sublayer_backward(Model* m, Activations* a, const Sublayer* s, const real* df, int k, int B,
-                              int T) {
+// a->dln (rows, C) = from s->f, which holds its gradient. What the weights' gradients need beside activations
+// stays in a->dwide: (rows, 3C) of qkv or (rows, 4C) of fc.
+static void sublayer_backward_input(const Model* m, Activations* a, const Sublayer* s, int k, int B, int T) {
     int C = m->c.C, l = k / 2, rows = B * T;
     if (k % 2 == 0) {
         real* dattn = a->du;                // free until the connection's backward
-        linear_backward(dattn, grad(m, ATTN_PROJ_W, l), grad(m, ATTN_PROJ_B, l), df, s->attn,
-                        param(m, ATTN_PROJ_W, l), rows, C, C);
+        linear_backward_input(dattn, s->f, param(m, ATTN_PROJ_W, l), rows, C, C);
         attention_backward(a->dwide, dattn, s->attn, s->lse, s->qkv, a->scratch, B, T, C, m->c.NH);
-        linear_backward(a->dln, grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), a->dwide, s->ln,
-                        param(m, C_ATTN_W, l), rows, C, 3 * C);
+        linear_backward_input(a->dln, a->dwide, param(m, C_ATTN_W, l), rows, C, 3 * C);
     } else {
-        linear_backward(a->dwide, grad(m, MLP_PROJ_W, l), grad(m, MLP_PROJ_B, l), df, s->gelu,
-                        param(m, MLP_PROJ_W, l), rows, 4 * C, C);
+        linear_backward_input(a->dwide, s->f, param(m, MLP_PROJ_W, l), rows, 4 * C, C);
         gelu_backward(a->dwide, s->fc, (size_t)rows * 4 * (size_t)C);
-        linear_backward(a->dln, grad(m, C_FC_W, l), grad(m, C_FC_B, l), a->dwide, s->ln, param(m, C_FC_W, l),
-                        rows, C, 4 * C);
+        linear_backward_input(a->dln, a->dwide, param(m, C_FC_W, l), rows, C, 4 * C);
+    }
+}
+
+// The gradients of F's matrices and biases += from s->f, which holds its gradient, and dwide
+static void sublayer_backward_weight(Model* m, const Sublayer* s, const real* dwide, int k, int rows) {
+    int C = m->c.C, l = k / 2;
+    if (k % 2 == 0) {
+        linear_backward_weight(grad(m, ATTN_PROJ_W, l), grad(m, ATTN_PROJ_B, l), s->f, s->attn, rows, C, C);
+        linear_backward_weight(grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), dwide, s->ln, rows, C, 3 * C);
+    } else {
+        linear_backward_weight(grad(m, MLP_PROJ_W, l), grad(m, MLP_PROJ_B, l), s->f, s->gelu, rows, 4 * C, C);
+        linear_backward_weight(grad(m, C_FC_W, l), grad(m, C_FC_B, l), dwide, s->ln, rows, C, 4 * C);
     }
 }
 
@@ -1508,18 +1601,21 @@ static void stream_statistics(StreamStats* s, const real* state, int rows, int n
 // ------------------------------------------------------------------------------------------------
 // The model, forward and backward
 
-// a->ln (rows, C) from tokens (B, T), for rows from row0 on
+// A stage, for rows from row0 on: from tokens (B, T) or a->state[first], to a->ln (rows, C) or a->state[last].
 static void model_forward(const Model* m, Activations* a, const int32_t* tokens, int B, int T, int row0) {
     const Config* c = &m->c;
+    const Stage* stage = &a->stage;
     Span span = {B, T, row0, B * T - row0};
     assert(B * T <= a->B * a->T && T <= c->T && (row0 == 0 || B == 1));
-    embedding_forward(m, a->state[0], tokens, span);
-    for (int k = 0; k < 2 * c->L; k++) {
+    if (stage->embeds) embedding_forward(m, a->state[0], tokens, span);
+    for (int k = stage->first; k < stage->last; k++) {
         if (a->streams) stream_statistics(&a->streams[k], a->state[k], B * T, c->n, c->C);
         connection_forward(m, &a->sub[k], a->state[k], k, span);
         sublayer_forward(m, a, &a->sub[k], k, span);
         connection_write(c, a->state[k + 1], a->state[k], &a->sub[k], span);
     }
+    a->shared->resident = a;
+    if (!stage->heads) return;
     if (a->streams) stream_statistics(&a->streams[2 * c->L], a->state[2 * c->L], B * T, c->n, c->C);
     readout_forward(m, a, a->state[2 * c->L], span);
 }
@@ -1527,32 +1623,54 @@ static void model_forward(const Model* m, Activations* a, const int32_t* tokens,
 // The states of k's block before k, from the block's first and the stored f: the same sums, so the same bits.
 static void recompute_states(const Model* m, Activations* a, int k, int B, int T) {
     Span span = {B, T, 0, B * T};
-    for (int j = k / a->block * a->block; j < k; j++)
+    int first = a->stage.first;
+    for (int j = first + (k - first) / a->block * a->block; j < k; j++)
         connection_write(&m->c, a->state[j + 1], a->state[j], &a->sub[j], span);
 }
 
-// Gradients of parameters +=, after model_forward and head(scale > 0) on the same tokens
-static void model_backward(Model* m, Activations* a, const int32_t* tokens, int B, int T) {
+// The states that the backward pass needs first, unless they are still there; it need not have begun.
+static void recompute_last_block(const Model* m, Activations* a, int B, int T) {
+    if (a->shared->resident != a && a->stage.last > a->stage.first)
+        recompute_states(m, a, a->stage.last - 1, B, T);
+    a->shared->resident = a;
+}
+
+// Backward through a stage, in place: a->dstate (rows, n, C) is the gradient of a->state[last], then of
+// a->state[first]. A stage with the head begins at a->dln, after head(scale > 0). Gradients of parameters +=;
+// with defer those of F's matrices wait for model_backward_weights, what they need replaces activations.
+static void model_backward(Model* m, Activations* a, const int32_t* tokens, int B, int T, bool defer) {
     const Config* c = &m->c;
-    readout_backward(m, a, B * T);
-    for (int k = 2 * c->L - 1; k >= 0; k--) {
-        if (k % a->block == a->block - 1 && k < 2 * c->L - 1) recompute_states(m, a, k, B, T);
-        connection_write_backward(c, a, a->dnarrow, a->state[k], &a->sub[k], B * T);
-        sublayer_backward(m, a, &a->sub[k], a->dnarrow, k, B, T);
-        connection_backward(m, a, a->state[k], &a->sub[k], k, B * T);
+    const Stage* stage = &a->stage;
+    if (stage->heads) readout_backward(m, a, B * T);
+    recompute_last_block(m, a, B, T);
+    for (int k = stage->last - 1; k >= stage->first; k--) {
+        Sublayer* s = &a->sub[k];
+        if ((k - stage->first) % a->block == a->block - 1 && k < stage->last - 1) recompute_states(m, a, k, B, T);
+        connection_write_backward(c, a, s->f, a->state[k], s, B * T);
+        sublayer_backward_input(m, a, s, k, B, T);
+        if (!defer) sublayer_backward_weight(m, s, a->dwide, k, B * T);
+        else if (k % 2 == 0) memcpy(s->qkv, a->dwide, sizeof(real) * (size_t)(B * T) * 3 * (size_t)c->C);
+        else memcpy(s->fc, a->dwide, sizeof(real) * (size_t)(B * T) * 4 * (size_t)c->C);
+        connection_backward(m, a, a->state[k], s, k, B * T);
     }
-    embedding_backward(m, a->dstate, tokens, B, T);
+    a->shared->resident = NULL;
+    if (stage->embeds) embedding_backward(m, a->dstate, tokens, B, T);
+}
+
+static void model_backward_weights(Model* m, const Activations* a, int B, int T) {
+    for (int k = a->stage.last - 1; k >= a->stage.first; k--)
+        sublayer_backward_weight(m, &a->sub[k], k % 2 ? a->sub[k].fc : a->sub[k].qkv, k, B * T);
 }
 
 static void zero_gradients(Model* m) {
     memset(m->grads, 0, sizeof(real) * m->size);
-    memset(m->head_grads, 0, sizeof(real) * (size_t)m->c.V * (size_t)m->c.C);
+    if (holds_head(m)) memset(m->head_grads, 0, sizeof(real) * (size_t)m->c.V * (size_t)m->c.C);
 }
 
 // wte has two gradients, as embedding and as head: one sum, after all micro-batches
 static void add_head_gradient(Model* m) {
     real* dwte = grad(m, WTE, 0);
-    size_t count = (size_t)m->c.V * (size_t)m->c.C;
+    size_t count = holds_head(m) ? (size_t)m->c.V * (size_t)m->c.C : 0;
     for (size_t i = 0; i < count; i++) dwte[i] += m->head_grads[i];
 }
 
@@ -1567,7 +1685,7 @@ static double forward_backward(Model* m, Activations* a, const int32_t* tokens, 
                                int T, int M) {
     model_forward(m, a, tokens, B, T, 0);
     head(m, a, targets, B * T, 1 / ((real)B * (real)T * (real)M));
-    model_backward(m, a, tokens, B, T);
+    model_backward(m, a, tokens, B, T, false);
     return mean_loss(a, B * T);
 }
 
@@ -1661,7 +1779,7 @@ static const Tensor* first_nonfinite(const Model* m, const real* numbers) {
 static double flops_per_token(const Model* m, int T) {
     const Config* c = &m->c;
     double n = c->n, connections = has_connections(c) ? 6 * (n * n + 2 * n) * c->C * 2 * c->L : 0;
-    return 6 * ((double)m->size - (double)c->T * c->C) + 12.0 * c->L * c->C * T + connections;
+    return 6 * ((double)m->total - (double)c->T * c->C) + 12.0 * c->L * c->C * T + connections;
 }
 
 static const char* cpu_name(void) {
@@ -1757,7 +1875,8 @@ static Config config_of(const Options* o) {
 // them for a GPU. The run's own copies of parameters and moments (model) are what files are written from.
 
 static void machine_layout(Run* run, Arena* arena, int block);  // its memory on the host
-static bool machine_open(Run* run, Error* e);       // before memory is taken: does it fit there too?
+static bool machine_can(const Run* run, Error* e);  // whether it has what the options ask for
+static bool machine_open(Run* run, Error* e);       // before memory is taken: does it fit? Decides --batch auto
 static void machine_close(Run* run);
 static void machine_describe(const Run* run, char* text, size_t size);
 static void machine_print_plan(const Run* run);
@@ -1783,6 +1902,13 @@ static void machine_layout(Run* run, Arena* arena, int block) {
     activations_layout(&run->acts, arena, &run->c, (int)run->o.batch, run->c.T, block, run->training);
     activations_layout(&run->infer, arena, &run->c, 1, run->c.T, 1, false);
     plan_add(arena, "program and panels of matrices", ((size_t)3 + (size_t)thread_count()) << 20);
+}
+
+static bool machine_can(const Run* run, Error* e) {
+    if (run->o.batch == BATCH_AUTO)
+        return fail(e, "--batch: found auto, expected a number, as in --batch 8; auto is for a GPU");
+    return run->o.kernels == KERNELS_PLAIN ||
+           fail(e, "--kernels: found fused, expected plain, leave it out: others are for a GPU");
 }
 
 static bool machine_open(Run* run, Error* e) { return run && e; }
@@ -2186,8 +2312,8 @@ static bool allocate_run(Run* run, Error* e) {
     model_layout(&run->model, &run->c);
     activations_open(&run->acts, &run->c);
     activations_open(&run->infer, &run->c);
-    layout_run(run, &run->arena);
     if (!machine_open(run, e)) return false;
+    layout_run(run, &run->arena);
     if (run->o.plan) return true;
     if (!plan_check(&run->arena, "reduce --batch, --seq or --layers, or try --recompute auto", e))
         return false;
@@ -2224,7 +2350,7 @@ static void vocabulary_of(Run* run, const SafeFile* f) {
 }
 
 static bool check_options(const Run* run, Error* e) {
-    if (!options_check(&run->o, e)) return false;
+    if (!options_check(&run->o, e) || !machine_can(run, e)) return false;
     if (run->o.recompute > 2 * run->o.layers)
         return fail(e, "--recompute: found %ld, expected at most the number of sublayers, %ld",
                     run->o.recompute, 2 * run->o.layers);
