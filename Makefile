@@ -34,7 +34,7 @@ train train-cpu: train_gpt_mhc
 # --- checks. They include the trainer and call parts of it.
 
 HEADER_TESTS = $(patsubst %.c,build/%,$(notdir $(wildcard host/test_*.c data/test_*.c)))
-TEST_FLAGS = $(CFLAGS) -Wno-unused-function
+TEST_FLAGS = $(CFLAGS) -pthread -Wno-unused-function
 TESTS = build/test_double build/test_float $(HEADER_TESTS)
 
 build:

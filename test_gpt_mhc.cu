@@ -447,7 +447,7 @@ static void check_layernorm(const NormCase& c, uint64_t seed, int offset) {
     add_column_sums(dweight.data(), dout.data(), xhat.data(), c.rows, c.C);
     add_column_sums(dbias.data(), dout.data(), NULL, c.rows, c.C);
     layernorm_forward_gpu(out_.at(), stats_.at(), u_.at(), weight_.at(), bias_.at(), c.rows, c.C, 0);
-    layernorm_backward_gpu(du_.at(), dweight_.at(), dbias_.at(), dout_.at(), stats_.at(), u_.at(),
+    layernorm_backward_gpu(du_.at(), du_.at(), dweight_.at(), dbias_.at(), dout_.at(), stats_.at(), u_.at(),
                            weight_.at(), slabs.at(), c.rows, c.C, 0);
     compare("LayerNorm", out_.get(), out, LAYER_FLOATX);
     compare("LayerNorm stats", stats_.get(), stats, LAYER_FP32);

@@ -646,14 +646,15 @@ __device__ __forceinline__ void layernorm_row_backward(const floatX* dout, const
 }
 
 template <int N>
-static __global__ void layernorm_backward_kernel(floatX* du, const floatX* dout, const float* stats,
-                                                 const floatX* u, const floatX* weight, int rows, int C) {
+static __global__ void layernorm_backward_kernel(floatX* du, const floatX* past, const floatX* dout,
+                                                 const float* stats, const floatX* u, const floatX* weight,
+                                                 int rows, int C) {
     size_t row = row_of_warp();
     if (row >= (size_t)rows) return;
     du += row * C;
     auto write = [=](int ch, float (&d)[N]) {
-        float before[N];
-        load_several(before, du + ch);
+        float before[N] = {};
+        if (past) load_several(before, past + row * C + ch);
 #pragma unroll
         for (int i = 0; i < N; i++) d[i] += before[i];
         store_several(du + ch, d);
@@ -691,14 +692,14 @@ static void sum_layernorm_gpu(float* dweight, float* dbias, float* slabs, const 
     add_slabs_gpu(dweight, C, dbias, C, slabs, blocks.x, stream);
 }
 
-// du (rows, C) += the gradient of u: what comes to u past the norm is there already. dweight, dbias (C) +=.
-// slabs: sum_scratch(rows, 2C)
-static void layernorm_backward_gpu(floatX* du, float* dweight, float* dbias, const floatX* dout,
-                                   const float* stats, const floatX* u, const floatX* weight, float* slabs,
-                                   int rows, int C, cudaStream_t stream) {
-    int N = several_of(C, {du, dout, u, weight});
-    LAUNCH_SEVERAL(N, layernorm_backward_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, du, dout,
-                   stats, u, weight, rows, C);
+// du (rows, C) = the gradient of u, past + what comes through the norm; past (rows, C) may be du, or NULL for
+// nothing. dweight, dbias (C) +=. slabs: sum_scratch(rows, 2C)
+static void layernorm_backward_gpu(floatX* du, const floatX* past, float* dweight, float* dbias,
+                                   const floatX* dout, const float* stats, const floatX* u,
+                                   const floatX* weight, float* slabs, int rows, int C, cudaStream_t stream) {
+    int N = several_of(C, {du, past, dout, u, weight});
+    LAUNCH_SEVERAL(N, layernorm_backward_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, du, past,
+                   dout, stats, u, weight, rows, C);
     sum_layernorm_gpu(dweight, dbias, slabs, dout, u, stats, rows, C, stream);
 }
 
@@ -1507,6 +1508,41 @@ static void connection_backward_gpu(const ConnectionBackward* b, float* scratch,
     sum_columns_gpu(b->dbase, c.M, b->dscale, c.scales, s.slabs, s.terms, rows, stream);
     if (!c.is_static) sum_fn_gpu(b->dfn, s.slabs, s.z, b->x, c, rows, stream);
 }
+
+// ------------------------------------------------------------------------------------------------
+// The boundary between two sublayers there and back: all that --kernels chooses. `forward` goes from the
+// output of a sublayer to the input of the next, `backward` from the gradient of that input to the gradient
+// of that output. The states are write_gpu's, bit for bit, which recomputes them. Between two boundaries
+// dstate is what their kernels leave there: into the last it goes as the gradient of the last state, out of
+// the first it comes as that of the first state. The plain ones' has gone through the next write already.
+
+typedef struct {                // between sublayer k and sublayer k + 1
+    ConnectionBackward next;    // of sublayer k + 1: its dx is dstate, its dcoef gets post and res of k after
+                                // that; where there is no such sublayer dln is NULL
+    const floatX *x, *f;        // (rows, n, C), (rows, C) state before sublayer k, its output; or NULL, NULL
+    const float* coef;          // (rows, n*n + 2n) of sublayer k
+    floatX* df;                 // (rows, C) written
+} BoundaryBackward;
+
+static void boundary_backward_gpu(const BoundaryBackward* b, float* scratch, Connections c, int rows,
+                                  cudaStream_t stream) {
+    const ConnectionBackward* next = &b->next;
+    if (next->dln) connection_backward_gpu(next, scratch, c, rows, stream);
+    if (b->f)
+        write_backward_gpu(next->dx, b->df, next->dcoef, next->dx, b->x, b->f, b->coef, c, rows, stream);
+}
+
+typedef struct {
+    void (*forward)(const Boundary* b, Connections c, int rows, cudaStream_t stream);
+    void (*backward)(const BoundaryBackward* b, float* scratch, Connections c, int rows, cudaStream_t stream);
+    size_t (*backward_scratch)(Connections c, int rows);        // floats
+} BoundaryKernels;
+
+// In the order of enum Kernels, as far as they exist
+static const BoundaryKernels boundary_kernels[] = {
+    {boundary_forward_gpu, boundary_backward_gpu, connection_backward_scratch},
+};
+enum { BOUNDARY_KERNELS = sizeof boundary_kernels / sizeof boundary_kernels[0] };
 // ------------------------------------------------------------------------------------------------
 // Causal attention. qkv (B, T, 3C) holds q | k | v of a token, each of NH heads of D = C / NH numbers. With
 // s = q k^T over the keys up to a query's own position:
@@ -2278,13 +2314,15 @@ static void attention_backward_gpu(floatX* dqkv, const floatX* dout, const float
 // ------------------------------------------------------------------------------------------------
 // The model on the device: what it keeps, and where. As in the reference one function lays everything out;
 // without memory it only counts, which is the plan. Each buffer is an allocation of its own, so that a kernel
-// that leaves one is noticed.
+// that leaves one is noticed. The device hands out large ones by whole pages, small ones from shared pages.
 
+enum { DEVICE_PAGE = 2 << 20 };
 typedef struct { Arena plan; bool taking; void* blocks[4096]; int block_count; } DeviceArena;
 
 static void* device_carve(DeviceArena* arena, const char* what, size_t count, size_t size) {
     void* memory = NULL;
-    plan_carve(&arena->plan, what, count, size);
+    size_t bytes = count * size, page = bytes > DEVICE_PAGE / 2 ? DEVICE_PAGE : DEVICE_PAGE / 4096;
+    plan_carve(&arena->plan, what, (bytes + page - 1) / page, page);
     if (!arena->taking || !count) return NULL;
     assert(arena->block_count < (int)(sizeof arena->blocks / sizeof arena->blocks[0]));
     CUDA(cudaMalloc(&memory, count * size));
@@ -2354,11 +2392,12 @@ typedef struct {                // of one sublayer, rows = B * T
 
 typedef struct {
     int B, T, block, head_rows; // at most; sublayers per block of recomputation; rows of logits at once
+    const BoundaryKernels* kernels;
     DeviceSublayer* sub;        // [2L]
     floatX** state;             // [2L + 1] (rows, n, C)
     floatX *mean, *ln, *logits; // (rows, C), (rows, C), (head_rows, Vp)
     float *stats, *losses;      // (rows, 2), (rows)
-    floatX *dstate, *dln, *dwide, *dnarrow;     // (rows, n, C), (rows, C), (rows, 4C), (rows, C)
+    floatX *dstate, *dln, *dwide, *df;          // (rows, n, C), (rows, C), (rows, 4C), (rows, C)
     float* dcoef;               // (rows, n*n + 2n)
     float* scratch;             // of whichever backward kernel runs: one stream, so one at a time
     int32_t *tokens, *targets;  // (B, T)
@@ -2403,24 +2442,25 @@ static void device_layout_states(DeviceActivations* a, DeviceArena* arena, const
 }
 
 // Floats that the hungriest backward kernel wants
-static size_t backward_scratch(const Config* c, int B, int T) {
+static size_t backward_scratch(const Config* c, int B, int T, const BoundaryKernels* kernels) {
     int rows = B * T;
     size_t most = attention_backward_scratch(B, T, c->NH);
     size_t others[] = {sum_scratch(rows, 4 * c->C),
-                       has_connections(c) ? connection_backward_scratch(connections_of(c), rows) : 0};
+                       has_connections(c) ? kernels->backward_scratch(connections_of(c), rows) : 0};
     for (size_t other : others) most = other > most ? other : most;
     return most;
 }
 
 enum { LOGITS_BYTES = 1 << 30 };        // of logits at once, at most: enough for every product to fill a GPU
 
-static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, const Config* c, int B, int T,
-                                      int block, bool training) {
+static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, const Config* c, int B,
+                                      int T, int block, const BoundaryKernels* kernels, bool training) {
     size_t rows = (size_t)B * (size_t)T, C = (size_t)c->C, Vp = (size_t)padded_vocabulary(c);
     size_t chunk = LOGITS_BYTES / sizeof(floatX) / Vp;
     a->B = B;
     a->T = T;
     a->block = block;
+    a->kernels = kernels;
     a->head_rows = (int)(chunk < 64 ? 64 : chunk);
     if ((size_t)a->head_rows > rows) a->head_rows = (int)rows;
     device_layout_states(a, arena, c, rows, training);
@@ -2436,9 +2476,9 @@ static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, 
     a->dstate = carve_x(arena, "backward", rows * (size_t)c->n * C);
     a->dwide = carve_x(arena, "backward", rows * 4 * C);
     a->dln = carve_x(arena, "backward", rows * C);
-    a->dnarrow = carve_x(arena, "backward", rows * C);
+    if (has_connections(c)) a->df = carve_x(arena, "backward", rows * C);
     a->dcoef = carve_f(arena, "backward", rows * (size_t)coefficient_count(c));
-    a->scratch = carve_f(arena, "backward", backward_scratch(c, B, T));
+    a->scratch = carve_f(arena, "backward", backward_scratch(c, B, T, kernels));
     a->groups.order = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
     a->groups.first = (int32_t*)device_carve(arena, "data", rows + 1, sizeof(int32_t));
     a->groups.token = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
@@ -2504,7 +2544,7 @@ static void boundary_forward(const Pass* p, int k) {
                   s->stats + r * 2,
                   s->u + r * C,
                   s->ln + r * C};
-    boundary_forward_gpu(&b, connections, rows, p->stream);
+    a->kernels->forward(&b, connections, rows, p->stream);
 }
 
 // s->f = F(s->ln): attention in even sublayers, MLP in odd ones
@@ -2615,54 +2655,56 @@ static void device_sublayer_backward(const Pass* p, const floatX* df, int k) {
     }
 }
 
-// In: a->dstate of state k + 1. Out: that of state k without what comes through LayerNorm; a->dnarrow = df
-static void device_write_backward(const Pass* p, int k) {
-    const Config* c = &p->d->m.c;
-    DeviceActivations* a = p->a;
-    int rows = p->B * p->T;
-    size_t size = (size_t)rows * (size_t)c->C;
-    if (has_connections(c)) {
-        write_backward_gpu(a->dstate, a->dnarrow, a->dcoef, a->dstate, a->state[k], a->sub[k].f,
-                           a->sub[k].coef, connections_of(c), rows, p->stream);
-        return;
-    }
-    CUDA(cudaMemcpyAsync(a->dnarrow, a->dstate, size * sizeof(floatX), cudaMemcpyDeviceToDevice, p->stream));
-    if (c->residual == RESIDUAL_NONE) CUDA(cudaMemsetAsync(a->dstate, 0, size * sizeof(floatX), p->stream));
-}
-
-// a->dstate +=, gradients of the connection and of LayerNorm +=, from a->dln
-static void device_connection_backward(const Pass* p, int k) {
+static ConnectionBackward connection_gradients(const Pass* p, int k) {
     const DeviceModel* d = p->d;
     const Model* m = &d->m;
     DeviceActivations* a = p->a;
     const DeviceSublayer* s = &a->sub[k];
-    int rows = p->B * p->T, l = k / 2;
-    TensorId ln_w = k % 2 ? LN_2_W : LN_1_W, ln_b = k % 2 ? LN_2_B : LN_1_B;
-    if (!has_connections(&m->c)) {
-        layernorm_backward_gpu(a->dstate, grad(m, ln_w, l), grad(m, ln_b, l), a->dln, s->stats, a->state[k],
-                               weight(d, ln_w, l), a->scratch, rows, m->c.C, p->stream);
-        return;
-    }
     DeviceConnection q = device_connection(d, k);
-    ConnectionBackward b = {a->dstate,
-                            a->dcoef,
-                            a->dln,
-                            a->state[k],
-                            s->u,
-                            weight(d, ln_w, l),
-                            s->stats,
-                            s->coef,
-                            s->mix,
-                            s->rnorm,
-                            q.fn,
-                            q.base,
-                            q.scale,
-                            grad(m, k % 2 ? MLP_FN : ATTN_FN, l),
-                            grad(m, k % 2 ? MLP_BASE : ATTN_BASE, l),
-                            grad(m, k % 2 ? MLP_SCALE : ATTN_SCALE, l),
-                            grad(m, ln_w, l),
-                            grad(m, ln_b, l)};
-    connection_backward_gpu(&b, a->scratch, connections_of(&m->c), rows, p->stream);
+    int l = k / 2;
+    return {a->dstate,
+            a->dcoef,
+            a->dln,
+            a->state[k],
+            s->u,
+            weight(d, k % 2 ? LN_2_W : LN_1_W, l),
+            s->stats,
+            s->coef,
+            s->mix,
+            s->rnorm,
+            q.fn,
+            q.base,
+            q.scale,
+            grad(m, k % 2 ? MLP_FN : ATTN_FN, l),
+            grad(m, k % 2 ? MLP_BASE : ATTN_BASE, l),
+            grad(m, k % 2 ? MLP_SCALE : ATTN_SCALE, l),
+            grad(m, k % 2 ? LN_2_W : LN_1_W, l),
+            grad(m, k % 2 ? LN_2_B : LN_1_B, l)};
+}
+
+// From the input of sublayer k to the output of sublayer k - 1: from a->dstate and a->dln to df (rows, C), which
+// is returned, NULL for k = 0; gradients of the connection and of LayerNorm +=. Behind k = 2L is no sublayer.
+static const floatX* boundary_backward(const Pass* p, int k) {
+    const DeviceModel* d = p->d;
+    const Model* m = &d->m;
+    DeviceActivations* a = p->a;
+    int rows = p->B * p->T, last = 2 * m->c.L, l = k / 2;
+    if (!has_connections(&m->c)) {              // LayerNorm reads the state, and df is the state's gradient
+        TensorId ln_w = k % 2 ? LN_2_W : LN_1_W, ln_b = k % 2 ? LN_2_B : LN_1_B;
+        const floatX* past = m->c.residual == RESIDUAL_PLAIN ? a->dstate : NULL;
+        if (k < last)
+            layernorm_backward_gpu(a->dstate, past, grad(m, ln_w, l), grad(m, ln_b, l), a->dln,
+                                   a->sub[k].stats, a->state[k], weight(d, ln_w, l), a->scratch, rows,
+                                   m->c.C, p->stream);
+        return k > 0 ? a->dstate : NULL;
+    }
+    BoundaryBackward b = {};
+    b.next.dx = a->dstate;
+    b.next.dcoef = a->dcoef;
+    if (k < last) b.next = connection_gradients(p, k);
+    if (k > 0) b.x = a->state[k - 1], b.f = a->sub[k - 1].f, b.coef = a->sub[k - 1].coef, b.df = a->df;
+    a->kernels->backward(&b, a->scratch, connections_of(&m->c), rows, p->stream);
+    return b.df;
 }
 
 // Gradients of parameters +=, after device_forward and device_head(scale > 0) on the same tokens
@@ -2674,11 +2716,10 @@ static void device_backward(const Pass* p) {
     int rows = p->B * p->T;
     readout_backward_gpu(a->dstate, grad(m, LN_F_W, 0), grad(m, LN_F_B, 0), a->dln, a->stats, a->mean,
                          weight(d, LN_F_W, 0), a->scratch, rows, c->n, c->C, p->stream);
-    for (int k = 2 * c->L - 1; k >= 0; k--) {
-        if (k % a->block == a->block - 1 && k < 2 * c->L - 1) device_recompute_states(p, k);
-        device_write_backward(p, k);
-        device_sublayer_backward(p, a->dnarrow, k);
-        device_connection_backward(p, k);
+    for (int k = 2 * c->L; k >= 0; k--) {
+        if (k > 0 && k < 2 * c->L && k % a->block == 0) device_recompute_states(p, k - 1);
+        const floatX* df = boundary_backward(p, k);
+        if (df) device_sublayer_backward(p, df, k - 1);
     }
     embedding_backward_gpu(grad(m, WTE, 0), grad(m, WPE, 0), a->dstate, &a->groups, rows, p->T, c->n, c->C,
                            p->stream);
@@ -2929,19 +2970,23 @@ typedef struct {
     double peak;                // FLOP/s
 } Gpu;
 
-enum { WORKSPACE_BYTES = 32 << 20 };
+enum { WORKSPACE_BYTES = 32 << 20, RUNTIME_BYTES = 64 << 20 };      // the latter nobody asks us for
 
 static Gpu* gpu_of(const Run* run) { return (Gpu*)run->machine; }
 
 // --- memory
 
 // Counts, or with arena.taking takes, everything on the device.
-static void gpu_layout(Gpu* g, const Run* run) {
+static void gpu_layout(Gpu* g, const Run* run, int B) {
     const Config* c = &run->c;
-    int B = (int)run->o.batch, T = run->c.T;
+    const BoundaryKernels* kernels = &boundary_kernels[run->o.kernels];
+    int T = run->c.T;
+    memset(&g->arena.plan, 0, sizeof g->arena.plan);
+    plan_add(&g->arena.plan, "kernels and library", RUNTIME_BYTES);
     device_model_memory(&g->model, &g->arena, run->training);
-    device_activations_layout(&g->acts, &g->arena, c, B, T, recompute_block(run), run->training);
-    device_activations_layout(&g->infer, &g->arena, c, 1, T, 1, false);
+    device_activations_layout(&g->acts, &g->arena, c, B, T, recompute_block(run), kernels,
+                              run->training);
+    device_activations_layout(&g->infer, &g->arena, c, 1, T, 1, kernels, false);
     g->workspace = device_carve(&g->arena, "workspace of products", WORKSPACE_BYTES, 1);
     g->sums = (StepSums*)device_carve(&g->arena, "data", 1, sizeof(StepSums));
     optimiser_memory(&g->optimiser, &g->arena, &g->model.m);
@@ -2986,32 +3031,61 @@ static double gpu_peak(const char* name) {
     return 0;
 }
 
-// The plan, and whether there is a GPU with room for it. With --plan it need not be here.
-static bool machine_open(Run* run, Error* e) {
+static bool machine_can(const Run* run, Error* e) {
+    return run->o.kernels < BOUNDARY_KERNELS ||
+           fail(e, "--kernels: found fused, expected plain, leave it out: this version has no others");
+}
+
+// Its name, peak and free bytes; with --plan none need be here.
+static bool find_gpu(Gpu* g, bool needed, size_t* available, Error* e) {
     int count = 0;
+    size_t all = 0;
     cudaDeviceProp properties;
+    *available = 0;
+    snprintf(g->name, sizeof g->name, "no GPU");
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count == 0)
+        return !needed || fail(e, "GPU: found none (%s), expected one; train_gpt_mhc trains on the CPU",
+                               error != cudaSuccess ? cudaGetErrorString(error) : "no device");
+    CUDA(cudaGetDeviceProperties(&properties, 0));
+    snprintf(g->name, sizeof g->name, "%s", properties.name);
+    g->peak = gpu_peak(g->name);
+    CUDA(cudaMemGetInfo(available, &all));
+    return true;
+}
+
+// Whether micro-batches of B sequences fit; g's plan is theirs then.
+static bool batch_fits(Gpu* g, const Run* run, size_t B, size_t available) {
+    const char* limits = option_rows[options_find("batch")].limits;
+    if (B * (size_t)run->c.T > INT32_MAX || !option_in_limits(limits, (double)B)) return false;
+    gpu_layout(g, run, (int)B);
+    return plan_total(&g->arena.plan) <= available;
+}
+
+// The largest that fits, at least 1: the first bits of it by doubling, the others by trying each
+static long largest_batch(Gpu* g, const Run* run, size_t available) {
+    size_t step = 1, B = 1;
+    while (batch_fits(g, run, 2 * step, available)) step *= 2;
+    for (B = step; step; step /= 2)
+        if (batch_fits(g, run, B + step, available)) B += step;
+    return (long)B;
+}
+
+// The plan, and whether there is a GPU with room for it.
+static bool machine_open(Run* run, Error* e) {
+    size_t available;
     Gpu* g = (Gpu*)allocate(1, sizeof(Gpu));
     run->machine = g;
     device_layout(&g->model, &run->model);
     device_activations_open(&g->acts, &run->c);
     device_activations_open(&g->infer, &run->c);
-    gpu_layout(g, run);
-    snprintf(g->name, sizeof g->name, "no GPU");
-    cudaError_t error = cudaGetDeviceCount(&count);
-    if (error != cudaSuccess || count == 0)
-        return run->o.plan || fail(e, "GPU: found none (%s), expected one; train_gpt_mhc trains on the CPU",
-                                   error != cudaSuccess ? cudaGetErrorString(error) : "no device");
-    size_t available = 0, all = 0, total = plan_total(&g->arena.plan);
-    CUDA(cudaGetDeviceProperties(&properties, 0));
-    snprintf(g->name, sizeof g->name, "%s", properties.name);
-    g->peak = gpu_peak(g->name);
-    CUDA(cudaMemGetInfo(&available, &all));
-    if (run->o.plan || total <= available) return true;
-    return fail(e,
-                "GPU memory: found a need of %.1f GiB, expected at most the %.1f GiB that are free, reduce "
-                "--batch, --seq or "
-                "--layers, or try --recompute auto",
-                (double)total / 1073741824, (double)available / 1073741824);
+    if (!find_gpu(g, !run->o.plan || run->o.batch == BATCH_AUTO, &available, e)) return false;
+    if (run->o.batch == BATCH_AUTO) run->o.batch = largest_batch(g, run, available);
+    if (!options_check_sizes(&run->o, e)) return false;
+    if (batch_fits(g, run, (size_t)run->o.batch, available) || run->o.plan) return true;
+    return fail(e, "GPU memory: found a need of %zu MiB, expected at most the %zu MiB that are free, reduce "
+                   "--batch, --seq or --layers, or try --recompute auto",
+                (plan_total(&g->arena.plan) >> 20) + 1, available >> 20);
 }
 
 static void open_upload(Upload* u, size_t rows) {
@@ -3025,8 +3099,7 @@ static void open_upload(Upload* u, size_t rows) {
 
 static void gpu_open(Gpu* g, const Run* run) {
     g->arena.taking = true;
-    memset(&g->arena.plan, 0, sizeof g->arena.plan);
-    gpu_layout(g, run);
+    gpu_layout(g, run, (int)run->o.batch);
     CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
     CUDA(cudaMallocHost(&g->host_sums, sizeof(StepSums)));
     for (int i = 0; i < 2; i++) open_upload(&g->uploads[i], (size_t)(run->o.batch * run->c.T));

@@ -177,12 +177,14 @@ train "option: empty" "--lr: found nothing" --lr=
 for value in nan inf -inf 1e400 0 -1 1x 0x10 ' 1' 1e31 1,5; do
     option "--lr: found .*, expected a number > 0" --lr "$value"; done
 for value in 0 -1 1.5 1e3 2k 999999999999 99999999999999999999 nan; do
-    train "option: --batch $value" "--batch: found \"$value\", expected a whole number 1 to" --batch $value
+    train "option: --batch $value" "--batch: found \"$value\", expected auto or a whole number 1 to" --batch $value
 done
 train "option: more tokens a step than 32 bits" \
     "--micro-batches: found .* tokens a step, expected at most 2^32" --data text.txt \
         --micro-batches 1000000 --batch 1000
 option "--micro-batches: found \"0\"" --micro-batches 0
+train "option: --batch auto" "--batch: found auto, expected a number, as in --batch 8" --data text.txt --batch auto
+option "--kernels: found fused, expected plain" --kernels fused
 train "option: --heads that do not divide" "--heads: found 3, expected a divisor of the width, 16" \
     --data text.txt --width 16 --heads 3
 train "option: --heads 0" "--heads: found \"0\"" --heads 0

@@ -14,13 +14,15 @@
 #include "common.h"
 
 enum { OPTION_SIZE = 4096 };    // bytes of the longest value as text, with its end
-enum { RECOMPUTE_AUTO = -1 };
+enum { RECOMPUTE_AUTO = -1, BATCH_AUTO = -1 };      // `auto` of a KIND_AUTO
 
 // Their order is the order of the words in the table.
 enum Residual { RESIDUAL_NONE, RESIDUAL_PLAIN, RESIDUAL_HC, RESIDUAL_MHC, RESIDUAL_IHC };
 enum SinkhornOrder { ORDER_CR, ORDER_RC, ORDER_C, ORDER_R, ORDER_NONE };
-enum Schedule { SCHEDULE_COSINE, SCHEDULE_WSD, SCHEDULE_LINEAR, SCHEDULE_STEP, SCHEDULE_CONSTANT };
+enum LrSchedule { SCHEDULE_COSINE, SCHEDULE_WSD, SCHEDULE_LINEAR, SCHEDULE_STEP, SCHEDULE_CONSTANT };
 enum OnSpike { SPIKE_STOP, SPIKE_SKIP, SPIKE_IGNORE };
+enum Kernels { KERNELS_PLAIN, KERNELS_FUSED };
+enum Pipeline { PIPELINE_NONE, PIPELINE_1F1B, PIPELINE_DUALPIPEV, PIPELINE_DUALPIPE };
 enum HcMaps { MAP_PRE = 1, MAP_POST = 2, MAP_RES = 4 };    // bits
 
 typedef struct {
@@ -37,12 +39,18 @@ typedef struct {
     long batch, micro_batches;
     // optimiser
     long steps, warmup, seed;
-    int schedule;                               // enum Schedule
+    int schedule;                               // enum LrSchedule
     double lr, min_lr_frac, weight_decay, beta1, beta2, eps, grad_clip;
     // numerics and memory
-    int on_spike;                               // enum OnSpike
+    int on_spike, kernels;                      // enum OnSpike, enum Kernels
     long recompute;                             // sublayers, or RECOMPUTE_AUTO
     bool plan;
+    // parallel
+    int pipeline;                               // enum Pipeline
+    long ranks;                                 // of a pipeline; 0: all there are, 1 without a pipeline
+    char pp_layers[OPTION_SIZE], trace[OPTION_SIZE];
+    double timeout, link_gbs, tflops;           // seconds; GB/s, TFLOP/s for plans
+    bool print_schedule;
     // output
     char out[OPTION_SIZE], init_from[OPTION_SIZE];
     bool overwrite, resume;
@@ -58,7 +66,7 @@ typedef struct {
 // The table
 
 typedef enum { GROUP_MODEL, GROUP_DATA, GROUP_BATCH, GROUP_OPTIMISER,   // up to here checkpoints keep them
-               GROUP_NUMERICS, GROUP_MEMORY, GROUP_OUTPUT, GROUP_MODES, GROUP_COUNT } OptionGroup;
+               GROUP_NUMERICS, GROUP_MEMORY, GROUP_PARALLEL, GROUP_OUTPUT, GROUP_MODES, GROUP_COUNT } OptionGroup;
 
 typedef enum {
     KIND_COUNT,         // long, within limits
@@ -109,7 +117,8 @@ static const OptionRow option_rows[] = {
     ROW(DATA, PATH, "val-data", val_data, "", "", "the same for validation; none: the last 10 % of a text"),
     ROW(DATA, PATH, "tokenizer", tokenizer, "", "", "gpt2_tokenizer.bin; none: bytes are tokens"),
 
-    ROW(BATCH, COUNT, "batch", batch, "8", "1 to 1000000", "sequences in a micro-batch"),
+    ROW(BATCH, AUTO, "batch", batch, "8", "1 to 1000000",
+        "sequences in a micro-batch; auto, on a GPU: as many as its memory holds"),
     ROW(BATCH, COUNT, "micro-batches", micro_batches, "1", "1 to 1000000", "in a step, per replica"),
 
     ROW(OPTIMISER, COUNT, "steps", steps, "1800", "0 to 99999999", "updates in the whole run"),
@@ -127,10 +136,27 @@ static const OptionRow option_rows[] = {
 
     ROW(NUMERICS, CHOICE, "on-spike", on_spike, "ignore", "stop|skip|ignore",
         "when a loss is 6 deviations high"),
+    ROW(NUMERICS, CHOICE, "kernels", kernels, "plain", "plain|fused",
+        "of the connections, on a GPU: one for each step of them, or few that do all of it"),
 
     ROW(MEMORY, AUTO, "recompute", recompute, "0", "0 to 20000",
         "sublayers whose activations are computed anew in the backward pass, per block; 0: off"),
     ROW(MEMORY, SWITCH, "plan", plan, "", "", "print the memory plan and train nothing"),
+
+    ROW(PARALLEL, CHOICE, "pipeline", pipeline, "none", "none|1f1b|dualpipev|dualpipe",
+        "schedule of the stages of a model over the ranks"),
+    ROW(PARALLEL, COUNT, "ranks", ranks, "0", "0 to 100000",
+        "pipeline ranks of a replica; 0: all there are, of which 1 without --pipeline"),
+    ROW(PARALLEL, TEXT, "pp-layers", pp_layers, "", "",
+        "blocks of each stage in model order, as in 3,5,4,0; none: the split that simulates fastest"),
+    ROW(PARALLEL, NUMBER, "timeout", timeout, "120", "> 0", "seconds without progress before a rank gives up"),
+    ROW(PARALLEL, PATH, "trace", trace, "", "", "write a timeline of all ranks, for Perfetto"),
+    ROW(PARALLEL, SWITCH, "print-schedule", print_schedule, "", "",
+        "print the actions of every rank and train nothing"),
+    ROW(PARALLEL, NUMBER, "link-gbs", link_gbs, "0", ">= 0",
+        "for --plan: GB/s of a link between ranks, one way; 0: not said"),
+    ROW(PARALLEL, NUMBER, "tflops", tflops, "0", ">= 0",
+        "for --plan: TFLOP/s that a rank reaches; 0: this machine's"),
 
     ROW(OUTPUT, PATH, "out", out, "out", "", "directory of the run log and the checkpoints"),
     ROW(OUTPUT, SWITCH, "overwrite", overwrite, "", "", "start anew in a directory that has checkpoints"),
@@ -456,8 +482,8 @@ static inline bool option_take(Options* o, OptionsGiven* given, int row, const c
     return options_set(o, r->name, text, where, e);
 }
 
-// For resuming: an option from a checkpoint, which a person may not contradict, except for --steps. Options
-// that checkpoints do not keep are left as they are.
+// For resuming: an option from a checkpoint, which a person may not contradict, except for --steps; `auto` is
+// what it was then. Options that checkpoints do not keep are left as they are.
 static inline bool options_restore(Options* o, const OptionsGiven* given, const char* name, const char* text,
                                    const char* where, Error* e) {
     char ours[OPTION_SIZE], theirs[OPTION_SIZE], quoted[2][64];
@@ -465,8 +491,9 @@ static inline bool options_restore(Options* o, const OptionsGiven* given, const 
     if (!options_set(&stored, name, text, where, e)) return false;
     int row = options_find(name);
     if (!options_stored(row)) return true;
-    if (!given->by[row]) return options_set(o, name, text, where, e);
     options_value(o, row, ours, sizeof ours);
+    if (!given->by[row] || (option_rows[row].kind == KIND_AUTO && !strcmp(ours, "auto")))
+        return options_set(o, name, text, where, e);
     options_value(&stored, row, theirs, sizeof theirs);
     if (!strcmp(name, "steps") || !strcmp(ours, theirs)) return true;
     return fail(e, "--%s: found %s, expected %s as in %s, leave it out or choose another --out", name,
@@ -651,7 +678,7 @@ static inline void option_help(FILE* file, const OptionRow* row) {
 // Every option with its default, in groups.
 static inline void options_help(FILE* file, const char* program) {
     static const char* const groups[] =
-        {"model", "data", "batch", "optimiser", "numerics", "memory", "output", "modes"};
+        {"model", "data", "batch", "optimiser", "numerics", "memory", "parallel", "output", "modes"};
     fprintf(file, "usage: %s [--name value | --name=value | --switch]...\n", program);
     for (int group = 0; group < GROUP_COUNT; group++) {
         fprintf(file, "\n%s\n", groups[group]);

@@ -78,6 +78,7 @@ static void test_forms(void) {
     check(parse("--recompute|auto") && o.recompute == RECOMPUTE_AUTO && parse("--recompute=3")
         && o.recompute == 3,
           "--recompute auto and 3");
+    check(parse("--batch|auto") && o.batch == BATCH_AUTO && value_is("batch", "auto"), "--batch auto");
 }
 
 // Every word of every choice, against the enumeration that the code uses.
@@ -97,6 +98,8 @@ static void test_choices(void) {
     check(parse("--on-spike=stop") && o.on_spike == SPIKE_STOP && parse("--on-spike=skip")
           && o.on_spike == SPIKE_SKIP && parse("--on-spike=ignore") && o.on_spike == SPIKE_IGNORE,
               "--on-spike");
+    check(parse("--kernels=plain") && o.kernels == KERNELS_PLAIN && parse("--kernels=fused")
+          && o.kernels == KERNELS_FUSED, "--kernels");
     check(parse("--hc-maps=none") && o.hc_maps == 0 && parse("--hc-maps=post") && o.hc_maps == MAP_POST
           && parse("--hc-maps=res,pre") && o.hc_maps == (MAP_PRE | MAP_RES)
           && value_is("hc-maps", "pre,res"), "--hc-maps");
@@ -439,6 +442,8 @@ static void test_restore(void) {
         "out/step_00000005.safetensors: --width: found \"x\","
             " expected a whole number 1 to 1000000", "a spoilt checkpoint");
     check(!options_restore(&o, &given, "depth", "1", where, &e), "an option of another version: %s", e.text);
+    check(parse("--batch|auto") && options_restore(&o, &given, "batch", "13", where, &e) && o.batch == 13,
+          "--batch auto is what it was");
 }
 
 // Each is parsed well and refused for what it means together with the others.

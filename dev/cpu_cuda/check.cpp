@@ -261,7 +261,7 @@ void check_unwatched(const Event& e) {
     if (e.address - (uintptr_t)launch->arguments < launch->arguments_size) return;
     if (e.address - (uintptr_t)current->warp < sizeof(Warp)) return;
     if (on_fiber_stack(p) || may_be_device_pointer(p) || e.address < PAGE) return;
-    stop(place_of(e.where), "kernel %s host memory: %zu bytes at %p", verb_of(e), e.size, p);
+    stop(place_of(e.where), "kernel %s host memory, %zu bytes at %p", verb_of(e), e.size, p);
 }
 
 // What is after the new access, is after all that was before it; so it takes the place of such records.
@@ -283,6 +283,7 @@ void check_cell(Cell& cell, const Event& e, uintptr_t word, unsigned mask, bool 
 
 void check_access(const Event& e) {
     if (e.address - (uintptr_t)&current + PAGE < 2 * PAGE) return;      // thread-local, as threadIdx is
+    if (e.address >> 47) return;                                        // faults by itself
     uintptr_t end = e.address + e.size;
     bool shared = is_shared(e.address);
     for (uintptr_t p = e.address, next; p < end; p = next) {

@@ -16,6 +16,7 @@
 #include <execinfo.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,6 +26,7 @@
 #include <set>
 
 extern "C" const Elf64_Ehdr __executable_start;         // the linker's
+extern "C" const char etext, _end;                      // also: where its data begins and ends
 
 using namespace cpu_cuda;
 
@@ -79,6 +81,17 @@ Region* live_region(const void* p, size_t size = 1) {
     return region && region->live && region->holds(p, size) ? region : nullptr;
 }
 
+// The kernel's half of the addresses: a host pointer with these bits is closed.
+constexpr uintptr_t CLOSED = ~(uintptr_t)0 << 47;
+
+// Is it data, heap, a stack or the like of the host? A check build watches all but the program's data itself.
+bool is_host_memory(uintptr_t p) {
+    if (p < (uintptr_t)&etext || p >= (checking ? (uintptr_t)&_end : -CLOSED)) return false;
+    if (p - (uintptr_t)memory().reserved < RESERVED || region_near((void*)p)) return false;
+    // Linux reads the signal set before it refuses -1: so this asks whether p can be read.
+    return syscall(SYS_rt_sigprocmask, -1, p & -sizeof(long), nullptr, sizeof(long)) && errno != EFAULT;
+}
+
 // ------------------------------------------------------------------------------------------------
 // Reports: where in the user's source, and what
 
@@ -115,9 +128,10 @@ void on_fault(int, siginfo_t* info, void* context) {
                        : !region->live ? "use after free"
                        : !inside       ? "out of bounds"
                                        : "host code touches device memory";
-    bool write = registers[REG_ERR] & 2;                // the processor's page fault code
-    stop(place, "%s: %s %s %s", what, device ? "kernel" : "host code", write ? "writes" : "reads",
-         describe(p).c_str());
+    const char* verb = registers[REG_ERR] & 2 ? "writes" : "reads";         // the processor's page fault code
+    uintptr_t host = (uintptr_t)p ^ CLOSED;
+    if (is_host_memory(host)) stop(place, "kernel %s host memory, at 0x%zx", verb, host);
+    stop(place, "%s: %s %s %s", what, device ? "kernel" : "host code", verb, describe(p).c_str());
 }
 
 // The handler runs on a stack of its own: a thread's may be what overflowed.
@@ -204,6 +218,11 @@ void use_memory(const void* p, size_t size, bool write, const char* what) {
              describe(p).c_str());
     if (checking && write) check::initialised(p, size);
     if (checking && !write) check::host_reads(p, size, what);
+}
+
+void close_host_pointers(void* words, size_t size) {
+    for (uintptr_t* word = (uintptr_t*)words; word < (uintptr_t*)words + size / sizeof *word; word++)
+        if (is_host_memory(*word)) *word |= CLOSED;
 }
 
 void check_slack(const Launch& launch) {

@@ -145,6 +145,9 @@ struct DeviceCode {                     // while one lives, this code may touch 
 void use_memory(const void* p, size_t size, bool write, const char* what);
 bool may_be_device_pointer(const void* p);      // where such memory lives or lived, or at its end
 void check_slack(const Launch& launch);         // did it write between the allocations that it touched?
+// Each of these words that points into host memory becomes an address at which every access faults, which is
+// then reported with the pointer; so a kernel may receive it, unless it uses it.
+void close_host_pointers(void* words, size_t size);
 Place calling_line();                           // the user's line that led here; slow, for a report
 // The innermost line of the user at the first of these instructions that has one, inlined functions included.
 Place user_line(void* const* code, int count);

@@ -162,23 +162,17 @@ static cudaError_t error_of(const Launch& launch) {
     return blocks > (unsigned)resident ? cudaErrorCooperativeLaunchTooLarge : cudaSuccess;
 }
 
-static void check_pointer(const Launch& launch, int position, const void* value) {
-    if (!value || may_be_device_pointer(value)) return;
-    stop(launch.place, "host pointer %p passed to kernel %s as argument %d", value, launch.kernel,
-         position + 1);
-}
-
-int submit(Launch* launch) {
+int submit(Launch launch) {
     Lock lock(runtime_lock());
-    std::shared_ptr<Launch> owned(launch);
-    std::shared_ptr<void> arguments(launch->arguments, launch->release);
-    cudaError_t error = error_of(*launch);
+    cudaError_t error = error_of(launch);
     if (error != cudaSuccess) return remember(error);
-    launch->each_pointer(launch->arguments, check_pointer, *launch);
-    enqueue(launch->stream, [owned, arguments] {
+    std::shared_ptr<void> arguments(aligned_alloc(64, (launch.arguments_size + 63) / 64 * 64), free);
+    launch.arguments = memcpy(arguments.get(), launch.arguments, launch.arguments_size);
+    close_host_pointers(launch.arguments, launch.arguments_size);
+    enqueue(launch.stream, [launch, arguments] {
         DeviceCode device;
-        run_grid(*owned);
-        check_slack(*owned);
+        run_grid(launch);
+        check_slack(launch);
     });
     return cudaSuccess;
 }

@@ -32,11 +32,11 @@ static cudaEvent_t new_event(void) {
 
 __global__ void add(float* y, const float* x, float amount, int count) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-    if (i < count) y[i] = x[i] + amount;
+    if (i < count) y[i] = x[i] + amount;                // HERE argument_malloc argument_stack argument_global
 }
 
 static void add_to(float* y, const float* x, float amount, cudaStream_t stream) {
-    add<<<COUNT / 256, 256, 0, stream>>>(y, x, amount, COUNT);  // HERE argument_malloc
+    add<<<COUNT / 256, 256, 0, stream>>>(y, x, amount, COUNT);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -142,22 +142,26 @@ static void host_fills_device(void) {
 static void bump(float* p) { *p += 1; }                 // HERE host_updates_device
 static void host_updates_device(void) { bump(on_device(COUNT) + 5); }
 
-// CASE argument_malloc plain,check,address: passed to kernel add as argument 2
+// CASE argument_malloc plain,check: kernel reads host memory
+// CASE argument_malloc address: SEGV
 static void argument_malloc(void) { add_to(on_device(COUNT), (float*)malloc(BYTES), 1, 0); }
 
-// CASE argument_stack plain,check,address: passed to kernel add as argument 1
+// CASE argument_stack plain,check: kernel writes host memory
+// CASE argument_stack address: SEGV
 static void argument_stack(void) {
     float result[4];
-    add<<<1, 4>>>(result, on_device(COUNT), 1, 4);      // HERE argument_stack
+    add<<<1, 4>>>(result, on_device(COUNT), 1, 4);
 }
 
-// CASE argument_global plain,check,address: host pointer
+// CASE argument_global plain,check: kernel reads host memory
+// CASE argument_global address: SEGV
 static float table[4];
 static void argument_global(void) {
-    add<<<1, 4>>>(on_device(COUNT), table, 1, 4);       // HERE argument_global
+    add<<<1, 4>>>(on_device(COUNT), table, 1, 4);
 }
 
-// CASE host_in_struct check: kernel writes host memory
+// CASE host_in_struct plain,check: kernel writes host memory
+// CASE host_in_struct address: SEGV
 __global__ void host_in_struct_kernel(Buffers buffers) {
     buffers.kept[threadIdx.x] = 1;
     if (threadIdx.x == 3) buffers.freed[threadIdx.x] = 1;       // HERE host_in_struct
@@ -165,6 +169,26 @@ __global__ void host_in_struct_kernel(Buffers buffers) {
 static void host_in_struct(void) {
     Buffers buffers = {on_device(COUNT), (float*)malloc(BYTES)};
     host_in_struct_kernel<<<1, 32>>>(buffers);
+}
+
+// CASE host_unused plain,check,address: clean
+typedef struct {
+    float *on_device, on_host[4], *also_on_host;
+    int pair[2];
+} Mixed;
+__global__ void host_unused_kernel(Mixed mixed, const char* name) {
+    if (name && mixed.also_on_host) mixed.on_device[threadIdx.x] = (float)mixed.pair[1];
+}
+static void host_unused(void) {                         // nor are numbers taken for pointers
+    Mixed mixed = {on_device(COUNT), {1, 2, 3, 4}, table, {0, 0}};
+    float result = -1;
+    for (int i = 0; i < 32768; i += 127) {
+        mixed.pair[0] = i * 50;
+        mixed.pair[1] = i;
+        host_unused_kernel<<<1, 32>>>(mixed, "name");
+        OK(cudaMemcpy(&result, mixed.on_device, sizeof result, cudaMemcpyDeviceToHost));
+        expect(result == (float)i);
+    }
 }
 
 // CASE host_in_table check: kernel reads host memory
@@ -330,8 +354,8 @@ static const Case cases[] = {
     CASE(off_by_one), CASE(window_before), CASE(small_overrun), CASE(small_overread), CASE(freed_read),
     CASE(freed_in_struct), CASE(freed_pinned), CASE(deep_recursion), CASE(host_sums_device),
     CASE(host_fills_device), CASE(host_updates_device), CASE(argument_malloc), CASE(argument_stack),
-    CASE(argument_global), CASE(host_in_struct), CASE(host_in_table), CASE(fresh_accumulator),
-    CASE(fresh_pinned), CASE(read_before_sync), CASE(mapped_read_early), CASE(missing_event),
+    CASE(argument_global), CASE(host_in_struct), CASE(host_unused), CASE(host_in_table),
+    CASE(fresh_accumulator), CASE(fresh_pinned), CASE(read_before_sync), CASE(mapped_read_early), CASE(missing_event),
     CASE(event_recorded_after_wait), CASE(event_recorded_before_work), CASE(upload_then_nonblocking),
     CASE(source_overwritten), CASE(source_in_loop), CASE(double_buffer),
 };

@@ -122,10 +122,9 @@ cudaError_t launch_cooperative(const char* name, Place here, void (*kernel)(P...
                                void** arguments, size_t shared = 0, cudaStream_t stream = 0) {
     typedef BoundKernel<void (*)(P...), std::decay_t<P>...> Bound;
     int i = 0;
-    Bound* bound = new Bound{kernel, {*(std::decay_t<P>*)arguments[i++]...}};
-    return (cudaError_t)submit(new Launch{{g.x, g.y, g.z}, {b.x, b.y, b.z}, shared, stream, name, here, true,
-                                          Bound::run, Bound::release, bound, sizeof *bound,
-                                          Bound::each_pointer});
+    Bound bound = {kernel, {*(std::decay_t<P>*)arguments[i++]...}};
+    return (cudaError_t)submit({{g.x, g.y, g.z}, {b.x, b.y, b.z}, shared, stream, name, here, true,
+                                Bound::run, &bound, sizeof bound});
 }
 
 template <class T>

@@ -84,33 +84,22 @@ struct Shape {
         : grid(g), block(b), shared(bytes), stream(s) {}
 };
 
-// A kernel with a copy of its arguments, which outlives the launching statement.
 template <class Kernel, class... Values>
 struct BoundKernel {
+    static_assert((std::is_trivially_copyable<Values>::value && ...), "a kernel's arguments are plain bytes");
     Kernel kernel;
     std::tuple<Values...> values;
 
     static void run(void* p) { std::apply(((BoundKernel*)p)->kernel, ((BoundKernel*)p)->values); }
-    static void release(void* p) { delete (BoundKernel*)p; }
-    static void each_pointer(void* p, PointerVisit visit, const Launch& launch) {
-        int position = 0;
-        auto visit_one = [&](auto& value) {
-            typedef std::decay_t<decltype(value)> T;
-            if constexpr (std::is_pointer<T>::value && !std::is_function<std::remove_pointer_t<T>>::value)
-                visit(launch, position, (const void*)value);
-            position++;
-        };
-        std::apply([&](auto&... values) { (visit_one(values), ...); }, ((BoundKernel*)p)->values);
-    }
 };
 
 template <class Kernel, class... Arguments>
 void launch(const char* name, Place place, Shape shape, Kernel kernel, Arguments&&... arguments) {
     typedef BoundKernel<Kernel, std::decay_t<Arguments>...> Bound;
-    Bound* bound = new Bound{kernel, {std::forward<Arguments>(arguments)...}};
+    Bound bound = {kernel, {std::forward<Arguments>(arguments)...}};
     const dim3 &g = shape.grid, &b = shape.block;
-    submit(new Launch{{g.x, g.y, g.z}, {b.x, b.y, b.z}, shape.shared, shape.stream, name, place, false,
-                      Bound::run, Bound::release, bound, sizeof *bound, Bound::each_pointer});
+    submit({{g.x, g.y, g.z}, {b.x, b.y, b.z}, shape.shared, shape.stream, name, place, false, Bound::run,
+            &bound, sizeof bound});
 }
 
 template <class T>

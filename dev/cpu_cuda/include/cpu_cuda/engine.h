@@ -78,9 +78,6 @@ struct Size3 {
     unsigned x, y, z;
 };
 
-struct Launch;
-typedef void (*PointerVisit)(const Launch&, int position, const void* value);
-
 struct Launch {
     Size3 grid, block;
     size_t shared;                      // bytes of dynamic shared memory
@@ -89,13 +86,11 @@ struct Launch {
     Place place;
     bool cooperative;
     void (*call)(void* arguments);      // one thread's run
-    void (*release)(void* arguments);
-    void* arguments;                    // a copy of theirs, owned
+    void* arguments;                    // plain bytes, in which pointers to host memory become closed ones
     size_t arguments_size;
-    void (*each_pointer)(void* arguments, PointerVisit visit, const Launch&);   // host pointers are reported
 };
 
-// Checks the limits, then runs it in its stream. Returns the CUDA error, as cudaGetLastError does.
-int submit(Launch* launch);
+// Checks the limits, then runs it in its stream, with a copy of the arguments. Returns the CUDA error.
+int submit(Launch launch);
 
 }  // namespace cpu_cuda
