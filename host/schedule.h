@@ -270,4 +270,126 @@ static inline void schedule_print(FILE* out, const Schedule* s) {
     }
 }
 
+// ------------------------------------------------------------------------------------------------
+// Simulation: what the lists take in time, in any unit
+
+typedef struct { double F, R, I, W; } StageCost;    // R: recompute, before I; needs no gradient, so runs while waiting
+
+typedef struct {
+    const StageCost* stage;     // (stages)
+    double pair;                // of a pair, over the sum of its halves; 0: they take turns, each sends when done
+    double message;             // time that a message occupies its link
+} ScheduleCosts;
+
+typedef struct {
+    const Schedule* s;
+    const ActionList* lists;    // (P)
+    const ScheduleCosts* costs;
+    double *x, *dx;             // (stages, M): when a stage's input, its output's gradient is there
+    double *clock, *busy;       // (P)
+    double* link;               // (P, down and up): when it is free again
+    double* start;              // (2 * leaves): the earliest start of each rank, and minima over it: a tree
+    int *at, *ahead, leaves;    // (P): place in the list; whether the second of the pair there is done
+} Simulation;
+
+static inline size_t schedule_cell(const Simulation* sim, const Action* a, int stage) {
+    int micro = schedule_global_micro(sim->s, a->direction, (int)a->micro);
+    return (size_t)stage * (size_t)sim->s->M + (size_t)micro;
+}
+
+static inline double schedule_cost(const Simulation* sim, const Action* a) {
+    const StageCost* c = &sim->costs->stage[a->stage];
+    return a->kind == ACTION_F ? c->F : a->kind == ACTION_W ? c->W : c->R + c->I + (a->kind == ACTION_B) * c->W;
+}
+
+// When it may start, as far as its input is concerned.
+static inline double schedule_ready(const Simulation* sim, const Action* a) {
+    if (a->kind == ACTION_W) return 0;
+    if (a->kind == ACTION_F) return sim->x[schedule_cell(sim, a, a->stage)];
+    return sim->dx[schedule_cell(sim, a, a->stage)] - sim->costs->stage[a->stage].R;
+}
+
+// The rank's next start. *which: 0 the action at hand, 1 the one after it (its pair's other half is not ready), 2 both.
+static inline double schedule_start(const Simulation* sim, int rank, int* which) {
+    const Action* a = sim->lists[rank].at + sim->at[rank];
+    *which = 0;
+    if (sim->at[rank] >= sim->lists[rank].count) return INFINITY;
+    double clock = sim->clock[rank], first = fmax(schedule_ready(sim, a), clock);
+    if (!a->paired || sim->ahead[rank]) return first;
+    double second = fmax(schedule_ready(sim, a + 1), clock);
+    if (sim->costs->pair > 0) {                 // together, and the recompute while either input is waited for
+        const Action* b = a->kind == ACTION_F ? a + 1 : a;
+        double x = schedule_ready(sim, a->kind == ACTION_F ? a : a + 1) - sim->costs->stage[b->stage].R;
+        *which = 2;
+        return fmax(clock, fmax(x, schedule_ready(sim, b)));
+    }
+    *which = second < first || (second == first && a->kind == ACTION_F);        // B first
+    return fmin(first, second);
+}
+
+static inline void schedule_update(Simulation* sim, int rank) {
+    int which, i = rank + sim->leaves;
+    sim->start[i] = schedule_start(sim, rank, &which);
+    for (i /= 2; i; i /= 2) sim->start[i] = fmin(sim->start[2 * i], sim->start[2 * i + 1]);
+}
+
+// At time t: hands the result over, by a link to another rank.
+static inline void schedule_deliver(Simulation* sim, int rank, const Action* a, double t) {
+    int there = a->stage + (a->kind == ACTION_F ? 1 : -1), S = schedule_stages(sim->s);
+    if (a->kind == ACTION_W || there < 0) return;
+    if (there == S) {
+        sim->dx[schedule_cell(sim, a, a->stage)] = t;
+        return;
+    }
+    int peer = schedule_rank_of(sim->s, there, a->direction);
+    double* link = &sim->link[2 * rank + (peer > rank)];
+    if (peer != rank) t = *link = fmax(*link, t) + sim->costs->message;
+    (a->kind == ACTION_F ? sim->x : sim->dx)[schedule_cell(sim, a, there)] = t;
+    schedule_update(sim, peer);
+}
+
+static inline void schedule_run(Simulation* sim, int rank) {
+    int which;
+    double start = schedule_start(sim, rank, &which), took;
+    const Action* a = sim->lists[rank].at + sim->at[rank];
+    if (which == 2) took = sim->costs->pair * (schedule_cost(sim, a) + schedule_cost(sim, a + 1));
+    else took = schedule_cost(sim, a + which);
+    sim->clock[rank] = start + took;
+    sim->busy[rank] += took;
+    if (which != 1) sim->at[rank] += 1 + (which == 2 || sim->ahead[rank]);
+    sim->ahead[rank] = which == 1;
+    schedule_deliver(sim, rank, a + (which == 1), start + took);
+    if (which == 2) schedule_deliver(sim, rank, a + 1, start + took);
+    schedule_update(sim, rank);
+}
+
+// The span of a step; busy (P): the time each rank works. Infinity if the lists wait for one another for ever.
+static inline double schedule_simulate(const Schedule* s, const ActionList* lists, const ScheduleCosts* costs,
+                                       double* busy) {
+    size_t P = (size_t)s->P, cells = (size_t)schedule_stages(s) * (size_t)s->M, leaves = 1;
+    while (leaves < P) leaves *= 2;
+    double* memory = (double*)allocate(2 * cells + 3 * P + 2 * leaves, sizeof(double));
+    int* places = (int*)allocate(2 * P, sizeof(int));
+    Simulation sim = {s, lists, costs, memory, memory + cells, memory + 2 * cells, busy, memory + 2 * cells + P,
+                      memory + 2 * cells + 3 * P, places, places + P, (int)leaves};
+    double span = 0;
+    memset(busy, 0, P * sizeof(double));
+    for (size_t c = 0; c < cells; c++) {
+        sim.x[c] = c < (size_t)s->M ? 0 : INFINITY;
+        sim.dx[c] = INFINITY;
+    }
+    for (size_t i = 0; i < 2 * leaves; i++) sim.start[i] = INFINITY;
+    for (int rank = 0; rank < s->P; rank++) schedule_update(&sim, rank);
+    while (isfinite(sim.start[1])) {
+        size_t i = 1;
+        while (i < leaves) i = 2 * i + (sim.start[2 * i] > sim.start[i]);
+        schedule_run(&sim, (int)(i - leaves));
+    }
+    for (int rank = 0; rank < s->P; rank++)
+        span = sim.at[rank] < lists[rank].count ? INFINITY : fmax(span, sim.clock[rank]);
+    free(memory);
+    free(places);
+    return span;
+}
+
 #endif

@@ -1,12 +1,11 @@
-// transport.h: moves bytes between the ranks of a run: processes under MPI, or threads of one process (loopback).
+// transport.h: moves bytes between the ranks of a run: processes under MPI, or threads of one process.
+// Nothing blocks but opening and closing: a request is posted, then asked after. Messages of one (sender,
+// receiver, tag) arrive in the order of their posting; others may overtake. A rank with nothing to do calls
+// transport_idle, which ends the run when no request of this rank is done for timeout_s.
 //
-// Nothing here blocks but opening and closing: requests are posted, asked after, and a rank that has nothing to do calls
-// transport_idle, which ends the run when no request of this rank is done for timeout_s. Messages of one
-// (sender, receiver, tag) arrive in the order of their posting; what has different tags may overtake.
-//
-// Start ranks with `mpirun --bind-to none`: bound to a core, as Open MPI does with one or two ranks, a rank has one OpenMP
-// thread. Waiting ranks sleep, so more ranks than cores do no harm (Open MPI: --oversubscribe). In containers where Open
-// MPI says `Read -1, expected ..`, processes may not read each other's memory: OMPI_MCA_btl_vader_single_copy_mechanism=none.
+// `mpirun --bind-to none`: Open MPI binds one or two ranks to a core each, where OpenMP has one thread.
+// Waiting ranks sleep: there may be more than cores (--oversubscribe). Where it says `Read -1, expected ..`,
+// a container hides memory from it, and OMPI_MCA_btl_vader_single_copy_mechanism=none helps.
 
 #ifndef HOST_TRANSPORT_H
 #define HOST_TRANSPORT_H
@@ -21,127 +20,98 @@
 #include "common.h"
 
 #ifdef HAVE_MPI
-#define OMPI_SKIP_MPICXX 1
+#define OMPI_SKIP_MPICXX 1      // C++ sees what C does
 #define MPICH_SKIP_MPICXX 1
 #include <mpi.h>
 #endif
 
-enum {
-    TAG_LAST = 1 << 30,                         // of callers; the tags above are of this file
-    TAG_REDUCE,
-    TAG_BROADCAST,
-    TAG_AGREE,
-};
+enum { TAG_LAST = 1 << 30, TAG_REDUCE = -1, TAG_BROADCAST = -2 };       // callers: 0 to TAG_LAST
+enum { REQUESTS = 4096, LOOPBACK_DELAY = 32, TIMEOUT_S = 120 };         // open at once; looks; default
 
+typedef struct Request Request;
 typedef struct Loopback Loopback;
-typedef struct Parcel Parcel;
 
-typedef struct {                // what was posted and not yet found done
-    bool open, sending;
-    int peer, tag;
+struct Request {                // a send or a receive
+    bool open, sending, done;
+    bool copied;                // a send's copy, of which nobody asks whether it is done
+    int peer, from, tag, delay;
+    unsigned char* bytes;       // (count)
     size_t count;
-    Parcel* parcel;             // loopback
+    Request* next;
 #ifdef HAVE_MPI
     MPI_Request mpi;
 #endif
-} Request;
+};
 
 typedef struct {
     int rank, size;
     char name[128];             // "one process", "4 threads", "MPI 3.1 (Open MPI v4.1.4)"
-    double timeout_s;           // of idling without a request done, then the run ends with STATUS_STALLED
-    double idle_s;              // so far
+    double timeout_s, idle_s;   // idling at most, and since a request was done
     int spins;
     Loopback* loopback;         // NULL: MPI
-    Request* requests;
-    int capacity;
+    Request *sends, *receives;  // loopback: those to this rank that have not met, in the order of posting
+    Request requests[REQUESTS];
 } Transport;
 
 // ------------------------------------------------------------------------------------------------
-// Loopback: every rank is a thread. A receive and the first message of its sender and tag meet under a mutex,
-// when the later of the two is posted; a send is done when it has met its receive, as MPI's large messages are.
-// Under a seed, messages wait until their receiver has looked some times, so that others overtake them, and
-// half of them are copied at once and done, as MPI's small messages are.
-
-enum { LOOPBACK_DELAY = 32 };   // looks, at most
-
-struct Parcel {                 // a send or a receive that has been posted
-    Parcel* next;
-    int from, tag, delay;
-    unsigned char* bytes;       // (count)
-    size_t count;
-    bool copied, done;          // copied: the bytes are ours, nobody asks whether it is done
-};
-
-typedef struct { Parcel *sends, *receives; } Mailbox;       // of one receiver, in the order of posting
+// Loopback: every rank is a thread. A receive and the first send of its sender and tag meet when the later
+// of them is posted; only then a send is done, as a large one of MPI is. Under a seed sends wait until the
+// receiver has looked some times, so that others overtake; half are copied and done at once, as small ones are.
 
 struct Loopback {
     int size;
     uint64_t seed, posted;
-    pthread_mutex_t mutex;
-    Mailbox* mailboxes;         // (size)
+    pthread_mutex_t mutex;      // of the requests of all ranks
     Transport* ranks;           // (size)
 };
 
-static inline Parcel** parcel_first(Parcel** list, const Parcel* like) {
+static inline Request** request_first(Request** list, const Request* like) {
     while (*list && ((*list)->from != like->from || (*list)->tag != like->tag)) list = &(*list)->next;
     return list;
 }
 
-static inline void parcel_append(Parcel** list, Parcel* parcel) {
-    while (*list) list = &(*list)->next;
-    *list = parcel;
-}
-
 // Hands over what has met. A receive behind another of its sender and tag waits for its turn.
-static inline void loopback_deliver(Mailbox* box) {
-    for (Parcel **at = &box->receives, *receive; (receive = *at);) {
-        Parcel **found = parcel_first(&box->sends, receive), *send = *found;
-        bool first = parcel_first(&box->receives, receive) == at;
-        if (!first || !send || send->delay-- > 0) {
+static inline void loopback_deliver(Transport* to) {
+    for (Request **at = &to->receives, *receive; (receive = *at);) {
+        Request **found = request_first(&to->sends, receive), *send = *found;
+        if (request_first(&to->receives, receive) != at || !send || send->delay-- > 0) {
             at = &receive->next;
             continue;
         }
-        if (send->count != receive->count)
-            die("a message from rank %d, tag %d: found %zu bytes, expected %zu", send->from, send->tag,
-                send->count, receive->count);
+        assert(send->count == receive->count);
         if (send->count) memcpy(receive->bytes, send->bytes, send->count);
-        *at = receive->next, *found = send->next;
+        *at = receive->next;
+        *found = send->next;
         receive->done = send->done = true;
         if (send->copied) free(send->bytes), free(send);
     }
 }
 
-static inline void loopback_post(Transport* t, Request* r, void* bytes) {
+static inline void loopback_post(Transport* t, Request* r) {
     Loopback* l = t->loopback;
-    Mailbox* box = &l->mailboxes[r->sending ? r->peer : t->rank];
-    Parcel* parcel = (Parcel*)allocate(1, sizeof *parcel);
-    parcel->from = r->sending ? t->rank : r->peer;
-    parcel->tag = r->tag;
-    parcel->bytes = (unsigned char*)bytes;
-    parcel->count = r->count;
+    Transport* to = r->sending ? &l->ranks[r->peer] : t;
+    Request** end = r->sending ? &to->sends : &to->receives;
     pthread_mutex_lock(&l->mutex);
-    if (r->sending && l->seed) {
-        uint64_t chance = hash64(l->seed, l->posted++);
-        parcel->delay = (int)(chance % LOOPBACK_DELAY);
-        parcel->copied = chance >> 63;
+    uint64_t chance = r->sending && l->seed ? hash64(l->seed, l->posted++) : 0;
+    if (chance >> 63) {
+        Request* copy = (Request*)memcpy(allocate(1, sizeof *r), r, sizeof *r);
+        copy->bytes = (unsigned char*)allocate(r->count, 1);
+        if (r->count) memcpy(copy->bytes, r->bytes, r->count);
+        copy->copied = r->done = true;
+        r = copy;
     }
-    if (parcel->copied) {
-        parcel->bytes = (unsigned char*)allocate(r->count, 1);
-        if (r->count) memcpy(parcel->bytes, bytes, r->count);
-    }
-    r->parcel = parcel->copied ? NULL : parcel;
-    parcel_append(r->sending ? &box->sends : &box->receives, parcel);
-    loopback_deliver(box);
+    r->delay = (int)(chance % LOOPBACK_DELAY);
+    while (*end) end = &(*end)->next;
+    *end = r;
+    loopback_deliver(to);
     pthread_mutex_unlock(&l->mutex);
 }
 
-static inline bool loopback_done(Transport* t, Request* r) {
+static inline bool loopback_done(Transport* t, const Request* r) {
     pthread_mutex_lock(&t->loopback->mutex);
-    loopback_deliver(&t->loopback->mailboxes[t->rank]);
-    bool done = !r->parcel || r->parcel->done;
+    loopback_deliver(t);
+    bool done = r->done;
     pthread_mutex_unlock(&t->loopback->mutex);
-    if (done) free(r->parcel);
     return done;
 }
 
@@ -150,13 +120,12 @@ static inline Loopback* loopback_open(int size, uint64_t seed) {
     l->size = size;
     l->seed = seed;
     pthread_mutex_init(&l->mutex, NULL);
-    l->mailboxes = (Mailbox*)allocate((size_t)size, sizeof *l->mailboxes);
     l->ranks = (Transport*)allocate((size_t)size, sizeof *l->ranks);
     for (int rank = 0; rank < size; rank++) {
         Transport* t = &l->ranks[rank];
         t->rank = rank;
         t->size = size;
-        t->timeout_s = 120;
+        t->timeout_s = TIMEOUT_S;
         t->loopback = l;
         snprintf(t->name, sizeof t->name, size == 1 ? "one process" : "%d threads", size);
     }
@@ -166,25 +135,22 @@ static inline Loopback* loopback_open(int size, uint64_t seed) {
 static inline Transport* loopback_rank(Loopback* l, int rank) { return &l->ranks[rank]; }
 
 static inline void loopback_close(Loopback* l) {
-    for (int rank = 0; rank < l->size; rank++) {
-        assert(!l->mailboxes[rank].sends && !l->mailboxes[rank].receives);
-        free(l->ranks[rank].requests);
-    }
+    for (int rank = 0; rank < l->size; rank++) assert(!l->ranks[rank].sends && !l->ranks[rank].receives);
     pthread_mutex_destroy(&l->mutex);
-    free(l->mailboxes);
     free(l->ranks);
     free(l);
 }
 
 // ------------------------------------------------------------------------------------------------
-// MPI. Every message is one of its own, also above the 2^31 - 1 bytes that its counts can say.
+// MPI. Every message is one of its own, also above the 2^31 - 1 bytes that its counts can say. Each MPI has
+// a largest tag: the upper part of others chooses a communicator. The world's is for this file's tags.
 
 #ifdef HAVE_MPI
 
-#ifndef MPI_LARGE
-#define MPI_LARGE INT_MAX       // bytes; above, a type of blocks
-#endif
-enum { MPI_BLOCK = 64 };        // bytes
+enum { MPI_BLOCK = 64, MPI_COMMS = 16 };        // bytes; communicators at most
+static MPI_Comm mpi_comms[MPI_COMMS];
+static long mpi_tags;                           // in each
+static size_t mpi_large = INT_MAX;              // bytes; above, a type made of blocks
 
 static inline MPI_Datatype mpi_large_type(size_t count) {
     MPI_Datatype types[2] = {MPI_BYTE, MPI_BYTE}, large;
@@ -198,70 +164,73 @@ static inline MPI_Datatype mpi_large_type(size_t count) {
     return large;
 }
 
-static inline void mpi_post(Request* r, void* bytes) {
-    bool large = r->count > MPI_LARGE;
+static inline void mpi_post(Request* r) {
+    bool large = r->count > mpi_large;
     MPI_Datatype type = large ? mpi_large_type(r->count) : MPI_BYTE;
     int count = large ? 1 : (int)r->count;
-    if (r->sending) MPI_Isend(bytes, count, type, r->peer, r->tag, MPI_COMM_WORLD, &r->mpi);
-    else MPI_Irecv(bytes, count, type, r->peer, r->tag, MPI_COMM_WORLD, &r->mpi);
+    int tag = (int)(r->tag < 0 ? -r->tag : r->tag % mpi_tags);
+    if (r->tag / mpi_tags >= MPI_COMMS)
+        die("MPI: found tag %d, expected at most %ld, use another MPI", r->tag, MPI_COMMS * mpi_tags - 1);
+    MPI_Comm comm = r->tag < 0 ? MPI_COMM_WORLD : mpi_comms[r->tag / mpi_tags];
+    if (r->sending) MPI_Isend(r->bytes, count, type, r->peer, tag, comm, &r->mpi);
+    else MPI_Irecv(r->bytes, count, type, r->peer, tag, comm, &r->mpi);
     if (large) MPI_Type_free(&type);            // lives on until the message is done
 }
 
 static inline bool mpi_done(Request* r) {
     MPI_Status status;
-    MPI_Count count;
+    MPI_Count found;
     int done;
     MPI_Test(&r->mpi, &done, &status);
     if (!done || r->sending) return done;
-    MPI_Get_elements_x(&status, MPI_BYTE, &count);
-    if ((size_t)count != r->count)
-        die("a message from rank %d, tag %d: found %lld bytes, expected %zu", r->peer, r->tag,
-            (long long)count, r->count);
+    MPI_Get_elements_x(&status, MPI_BYTE, &found);
+    assert((size_t)found == r->count);
     return true;
 }
 
 static inline Transport* mpi_open(int* argc, char*** argv) {
-    static Transport t;
+    Transport* t = (Transport*)allocate(1, sizeof *t);
     char library[MPI_MAX_LIBRARY_VERSION_STRING];
-    int level, length, version, minor;
+    int level, length, version, minor, found, *last_tag;
     MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level);
-    if (level < MPI_THREAD_FUNNELED) die("MPI: found no support for threads, expected MPI_THREAD_FUNNELED");
-    MPI_Comm_rank(MPI_COMM_WORLD, &t.rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &t.size);
+    MPI_Comm_rank(MPI_COMM_WORLD, &t->rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &t->size);
     MPI_Get_version(&version, &minor);
     MPI_Get_library_version(library, &length);
-    library[strcspn(library, ",\n")] = 0;
-    snprintf(t.name, sizeof t.name, "MPI %d.%d (%.80s)", version, minor, library);
-    t.timeout_s = 120;
-    return &t;
+    library[strcspn(library, ",\n")] = 0;       // "Open MPI v4.1.4", "MPICH Version:\t4.0.2"
+    for (char* tab; (tab = strchr(library, '\t'));) *tab = ' ';
+    snprintf(t->name, sizeof t->name, "MPI %d.%d (%.80s)", version, minor, library);
+    MPI_Comm_get_attr(MPI_COMM_WORLD, MPI_TAG_UB, (void*)&last_tag, &found);
+    mpi_tags = (long)*last_tag + 1;
+    for (int c = 0; c < MPI_COMMS && c <= TAG_LAST / mpi_tags; c++)
+        MPI_Comm_dup(MPI_COMM_WORLD, &mpi_comms[c]);
+    t->timeout_s = TIMEOUT_S;
+    return t;
 }
 
 #endif
 
 // ------------------------------------------------------------------------------------------------
-// Messages. A request is an index into the rank's table; buffers are untouched by the caller until it is done.
+// Messages. Buffers are untouched by the caller from the post until transport_done says true.
 
 static inline int transport_post(Transport* t, bool sending, int peer, int tag, void* bytes, size_t count) {
     int request = 0;
-    assert(peer >= 0 && peer < t->size && tag >= 0);
-    while (request < t->capacity && t->requests[request].open) request++;
-    if (request == t->capacity) {
-        t->capacity = 2 * t->capacity + 16;
-        t->requests = (Request*)realloc(t->requests, (size_t)t->capacity * sizeof *t->requests);
-        if (!t->requests) die("out of memory: %d requests", t->capacity);
-        memset(t->requests + request, 0, (size_t)(t->capacity - request) * sizeof *t->requests);
-    }
+    assert(peer >= 0 && peer < t->size && tag >= TAG_BROADCAST && tag <= TAG_LAST);
+    while (request < REQUESTS && t->requests[request].open) request++;
+    if (request == REQUESTS) die("rank %d: found %d requests open, expected fewer", t->rank, request);
     Request* r = &t->requests[request];
+    memset(r, 0, sizeof *r);
     r->open = true;
     r->sending = sending;
     r->peer = peer;
+    r->from = sending ? t->rank : peer;
     r->tag = tag;
+    r->bytes = (unsigned char*)bytes;
     r->count = count;
 #ifdef HAVE_MPI
-    if (!t->loopback) return mpi_post(r, bytes), request;
+    if (!t->loopback) return mpi_post(r), request;
 #endif
-    loopback_post(t, r, bytes);
-    return request;
+    return loopback_post(t, r), request;
 }
 
 static inline int transport_send(Transport* t, int peer, int tag, const void* bytes, size_t count) {
@@ -283,42 +252,34 @@ static inline void transport_abort(Transport* t, int status) {
 }
 
 // Resets the clock of idling.
-static inline void transport_progressed(Transport* t) {
-    t->idle_s = 0;
-    t->spins = 0;
-}
+static inline void transport_progressed(Transport* t) { t->idle_s = t->spins = 0; }
 
 // True: the request is done, and gone. Makes progress for all requests, never blocks.
 static inline bool transport_done(Transport* t, int request) {
     Request* r = &t->requests[request];
-    assert(request >= 0 && request < t->capacity && r->open);
+    assert(r->open);
 #ifdef HAVE_MPI
-    r->open = t->loopback ? !loopback_done(t, r) : !mpi_done(r);
+    bool done = t->loopback ? loopback_done(t, r) : mpi_done(r);
 #else
-    r->open = !loopback_done(t, r);
+    bool done = loopback_done(t, r);
 #endif
-    if (!r->open) transport_progressed(t);
-    return !r->open;
+    if (done) transport_progressed(t);
+    return r->open = !done, done;
 }
 
-static inline double transport_clock(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-// For a rank that can do nothing else; `waiting` says why. The clock counts time in here alone, so computing is no
-// stall; and little for each call, so that a run that was stopped as a whole goes on.
+// For a rank that can do nothing else; `waiting` says why. The clock counts time in here alone: computing is
+// no stall. And little of it each time, so that a run that was stopped as a whole goes on.
 static inline void transport_idle(Transport* t, const char* waiting) {
-    struct timespec pause = {0, 30000};
-    double start = transport_clock(), most = 0.1, passed;
+    struct timespec pause = {0, 30000}, start, end;
+    clock_gettime(CLOCK_MONOTONIC, &start);
     if (t->spins++ < 50) sched_yield();
     else nanosleep(&pause, NULL);
-    passed = transport_clock() - start;
-    t->idle_s += passed < most ? passed : most;
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    double passed = (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
+    t->idle_s += passed < 0.1 ? passed : 0.1;
     if (t->idle_s < t->timeout_s) return;
     fprintf(stderr, "rank %d: no progress for %.3g s: %s\n", t->rank, t->timeout_s, waiting);
-    usleep(200000);             // other ranks that wait say so too
+    usleep(200000);             // ranks that wait as long say so too
     transport_abort(t, STATUS_STALLED);
 }
 
@@ -327,146 +288,110 @@ static inline void transport_wait(Transport* t, int request, const char* waiting
 }
 
 // ------------------------------------------------------------------------------------------------
-// What all ranks do together: along a binomial tree, in which a rank's parent is its number without its lowest bit.
+// What all ranks do together, along a binomial tree: a rank's parent is its number without its lowest bit.
 
-static inline void transport_broadcast(Transport* t, int from, void* bytes, size_t count) {
-    int me = (t->rank - from + t->size) % t->size, lowest = me & -me, sends[32], sent = 0;
+static inline void tree_wait(Transport* t, int request, const char* what) {
     char waiting[64];
-    if (me) {
-        int parent = ((me - lowest) + from) % t->size;
-        snprintf(waiting, sizeof waiting, "waiting for a broadcast by way of rank %d", parent);
-        transport_wait(t, transport_receive(t, parent, TAG_BROADCAST, bytes, count), waiting);
-    }
-    for (int bit = 1; me + bit < t->size && (!me || bit < lowest); bit *= 2)
-        sends[sent++] = transport_send(t, (me + bit + from) % t->size, TAG_BROADCAST, bytes, count);
-    while (sent--) transport_wait(t, sends[sent], "waiting for a broadcast to be received");
+    snprintf(waiting, sizeof waiting, "waiting for rank %d in %s", t->requests[request].peer, what);
+    transport_wait(t, request, waiting);
 }
 
-// The larger, or the one that is not a number
-static inline double transport_larger(double a, double b) { return a != a || a >= b ? a : b; }
+static inline void transport_broadcast(Transport* t, int from, void* bytes, size_t count) {
+    int P = t->size, me = (t->rank - from + P) % P, lowest = me & -me, sends[32], sent = 0;
+    int parent = (me - lowest + from) % P;
+    if (me) tree_wait(t, transport_receive(t, parent, TAG_BROADCAST, bytes, count), "a broadcast");
+    for (int bit = 1; me + bit < P && (!me || bit < lowest); bit *= 2)
+        sends[sent++] = transport_send(t, (me + bit + from) % P, TAG_BROADCAST, bytes, count);
+    while (sent--) tree_wait(t, sends[sent], "a broadcast");
+}
 
 static inline void transport_reduce(Transport* t, double* values, int count, bool largest) {
     size_t size = (size_t)count * sizeof *values;
     double* other = (double*)allocate((size_t)count, sizeof *values);
     int bit = 1;
-    char waiting[64];
     for (; !(t->rank & bit) && bit < t->size; bit *= 2) {
-        int child = t->rank + bit;
-        if (child >= t->size) continue;
-        snprintf(waiting, sizeof waiting, "waiting for rank %d's part of a sum", child);
-        transport_wait(t, transport_receive(t, child, TAG_REDUCE, other, size), waiting);
-        for (int i = 0; i < count; i++)
-            values[i] = largest ? transport_larger(values[i], other[i]) : values[i] + other[i];
+        if (t->rank + bit >= t->size) continue;
+        tree_wait(t, transport_receive(t, t->rank + bit, TAG_REDUCE, other, size), "a sum");
+        for (int i = 0; i < count; i++) {
+            double a = values[i], b = other[i];
+            values[i] = !largest ? a + b : a != a || a >= b ? a : b;
+        }
     }
-    if (t->rank)
-        transport_wait(t, transport_send(t, t->rank - bit, TAG_REDUCE, values, size), "waiting for a sum");
+    if (t->rank) tree_wait(t, transport_send(t, t->rank - bit, TAG_REDUCE, values, size), "a sum");
     free(other);
     transport_broadcast(t, 0, values, size);
 }
 
-// values (count), over all ranks, always in the same order.
-// What is zero on all ranks but one comes out as that one has it.
+// values (count), over all ranks, in the same order always: zero on all but one comes out as on that one.
 static inline void transport_sum(Transport* t, double* values, int count) {
     transport_reduce(t, values, count, false);
 }
 
-// A value that is not a number wins.
+// What is not a number is the largest.
 static inline void transport_max(Transport* t, double* values, int count) {
     transport_reduce(t, values, count, true);
 }
 
-// The value of a field in lines `name = value`, length of it; NULL: there is no such field.
-static inline const char* field_value(const char* fields, const char* name, int name_length, int* length) {
-    for (const char* line = fields; *line; line += strcspn(line, "\n"), line += *line == '\n') {
-        if (strncmp(line, name, (size_t)name_length) || strncmp(line + name_length, " = ", 3)) continue;
-        *length = (int)strcspn(line + name_length + 3, "\n");
-        return line + name_length + 3;
+// e: the first line in which the fields of a rank differ from those expected, rank 0's
+static inline bool fields_agree(const char* fields, const char* expected, int rank, Error* e) {
+    for (int a, b; *fields || *expected;) {
+        a = (int)strcspn(fields, "\n"), b = (int)strcspn(expected, "\n");
+        if (a != b || memcmp(fields, expected, (size_t)a))
+            return fail(e, "rank %d: found %.*s, expected %.*s as on rank 0, start all ranks alike", rank,
+                        a ? a : 7, a ? fields : "nothing", b ? b : 7, b ? expected : "nothing");
+        fields += a + (fields[a] == '\n');
+        expected += b + (expected[b] == '\n');
     }
-    *length = 7;
-    return NULL;
+    return true;
 }
 
-// The first field of `from` that `ours` and `theirs` (rank 0's) do not share.
-static inline bool fields_differ(const char* from, const char* ours, const char* theirs, int rank, Error* e) {
-    for (const char* line = from; *line; line += strcspn(line, "\n"), line += *line == '\n') {
-        const char* end = strstr(line, " = ");
-        assert(end && end < line + strcspn(line, "\n"));
-        int name = (int)(end - line), a_length, b_length;
-        const char *a = field_value(ours, line, name, &a_length), *b = field_value(theirs, line, name, &b_length);
-        if (a && b && a_length == b_length && !memcmp(a, b, (size_t)a_length)) continue;
-        fail(e, "%.*s: found %.*s on rank %d, expected %.*s as on rank 0, start every rank alike", name, line,
-             a_length, a ? a : "nothing", rank, b_length, b ? b : "nothing");
-        return true;
-    }
-    return false;
-}
-
-// fields: lines `name = value`. False on every rank where any rank's differ from rank 0's, and e says which.
+// fields: lines `name = value`. False on every rank where any rank's differ from rank 0's; e says how.
 static inline bool transport_agree(Transport* t, const char* fields, Error* e) {
     size_t size = strlen(fields) + 1;
     transport_broadcast(t, 0, &size, sizeof size);
-    char* theirs = (char*)allocate(size, 1);
-    if (!t->rank) memcpy(theirs, fields, size);
-    transport_broadcast(t, 0, theirs, size);
-    Error mine, other;
-    memset(&mine, 0, sizeof mine);
-    if (!fields_differ(theirs, fields, theirs, t->rank, &mine)) fields_differ(fields, fields, theirs, t->rank, &mine);
-    free(theirs);
-    if (t->rank)
-        transport_wait(t, transport_send(t, 0, TAG_AGREE, &mine, sizeof mine), "waiting for rank 0 to compare options");
-    for (int rank = 1; !t->rank && rank < t->size; rank++) {
-        char waiting[64];
-        snprintf(waiting, sizeof waiting, "waiting for the options of rank %d", rank);
-        transport_wait(t, transport_receive(t, rank, TAG_AGREE, &other, sizeof other), waiting);
-        if (!mine.text[0]) mine = other;
-    }
-    transport_broadcast(t, 0, &mine, sizeof mine);
-    if (mine.text[0]) *e = mine;
-    return !mine.text[0];
+    char* expected = (char*)allocate(size, 1);
+    if (!t->rank) memcpy(expected, fields, size);
+    transport_broadcast(t, 0, expected, size);
+    double differs = fields_agree(fields, expected, t->rank, e) ? 0 : t->size - t->rank;
+    free(expected);
+    transport_max(t, &differs, 1);
+    if (differs > 0) transport_broadcast(t, t->size - (int)differs, e, sizeof *e);
+    return differs == 0;
 }
 
-// ------------------------------------------------------------------------------------------------
-// Start and end
-
-// What started us says, by the first of these, how many ranks there are; 0: nothing did.
-static inline int launched_ranks(const char** name) {
-    static const char* const names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        *name = names[i];
-        if (getenv(names[i])) return atoi(getenv(names[i]));
-    }
-    return 0;
-}
-
-// Ranks of MPI where mpirun or srun started us, else one. More ranks than MPI knows of would each train alone.
+// Ranks of MPI where mpirun or srun started us, else one. Where MPI knows of fewer, each would train alone.
 static inline Transport* transport_open(int* argc, char*** argv) {
-    const char *name, *advice = "build it where an MPI is found (make says), or start one rank";
-    int ranks = launched_ranks(&name);
+    static const char* const names[][2] = {{"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
+                                           {"PMI_SIZE", "PMI_RANK"},
+                                           {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}};
+    const char *size = NULL, *rank = NULL;
+    for (int n = 0; n < 3 && !size; n++) size = getenv(names[n][0]), rank = getenv(names[n][1]);
+    int expected = size ? atoi(size) : 1;
+    Transport* t = NULL;
 #ifdef HAVE_MPI
-    if (ranks || getenv("PMIX_RANK") || getenv("PMI_RANK")) {
-        Transport* t = mpi_open(argc, argv);
-        advice = "start it by the mpirun of the MPI it was built with, or by srun --mpi=pmix or pmi2";
-        if (ranks <= 1 || t->size == ranks) return t;
-        die("%s: found %d, expected %d, what %s knows of, %s", name, ranks, t->size, t->name, advice);
-    }
+    if (size || getenv("PMIX_RANK") || getenv("PMI_RANK")) t = mpi_open(argc, argv);
 #endif
     (void)argc, (void)argv;
-    if (ranks > 1) die("%s: found %d, expected 1 of a program without MPI, %s", name, ranks, advice);
-    return loopback_rank(loopback_open(1, 0), 0);
+    if (!t) t = loopback_rank(loopback_open(1, 0), 0);
+    if (expected <= 1 || t->size == expected) return t;
+    if (rank && strcmp(rank, "0")) exit(STATUS_USAGE);          // the first alone says it
+    die("mpirun: found %d ranks, expected %d of %s: use the mpirun of its MPI, or srun --mpi=pmix", expected,
+        t->size, t->name);
+    return NULL;
 }
 
-// Of what transport_open gave. Waits for all ranks, with the clock that MPI_Finalize does not have.
+// For what transport_open gave. All ranks wait here, by the clock that MPI_Finalize does not have.
 static inline void transport_close(Transport* t) {
     transport_sum(t, NULL, 0);
+    for (int request = 0; request < REQUESTS; request++) assert(!t->requests[request].open);
     if (t->loopback) {
         loopback_close(t->loopback);
         return;
     }
-    for (int request = 0; request < t->capacity; request++) assert(!t->requests[request].open);
-    free(t->requests);
 #ifdef HAVE_MPI
     MPI_Finalize();
 #endif
+    free(t);
 }
 
 #endif
