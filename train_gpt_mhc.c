@@ -1642,6 +1642,16 @@ static double norm_of_sums(const double* sums, int count) {
     return sqrt(sum);
 }
 
+#ifdef TESTING
+static double gradient_norm(const Model* m) {
+    double* sums = (double*)allocate((size_t)m->tensor_count, sizeof(double));
+    gradient_square_sums(m, sums);
+    double norm = norm_of_sums(sums, m->tensor_count);
+    free(sums);
+    return norm;
+}
+#endif
+
 typedef struct {
     double lr, beta1, beta2, eps, decay, clip;
     long step;
