@@ -8,11 +8,19 @@ DIR ?= out
 ARGS ?=
 
 # A flag is used where a program built with it links, never because a package has a name.
-works = $(shell printf 'int main(void) { return 0; }\n' > .probe.c; $(CC) -x c .probe.c $(1) -o .probe -lm 2> /dev/null && echo $(1); rm -f .probe .probe.c)
+works = $(shell printf '$(or $(2),int main(void) { return 0; })' > .probe.c; $(CC) -x c .probe.c $(1) -o .probe -lm 2> /dev/null && echo $(1); rm -f .probe .probe.c)
+
+# MPI: what CC finds by itself, or with what $(MPICC) would add. MPICC=mpicc.mpich chooses one, MPICC= none.
+MPICC ?= mpicc
+MPI_PROGRAM = \#include <mpi.h>\nint main(void) { return MPI_Init(0, 0); }\n
+MPI_FLAGS = $(filter-out -O% -g% -f% -Wall -Wformat% -Werror%,$(wordlist 2,99,$(shell $(MPICC) -show 2> /dev/null)))
+FIND_MPI = $(if $(MPICC),$(or $(call works,-DHAVE_MPI,$(MPI_PROGRAM)),$(call works,-DHAVE_MPI $(MPI_FLAGS),$(MPI_PROGRAM))))
+
 ifeq ($(filter clean help,$(or $(MAKECMDGOALS),help)),)
 OPENMP := $(or $(call works,-fopenmp),$(call works,-fopenmp-simd))
 NATIVE := $(call works,-march=native)
 CALM := $(call works,-Wno-pass-failed)
+MPI := $(FIND_MPI)
 endif
 
 # clang warns of each loop it cannot vectorise as asked; the loop is right all the same.
@@ -23,10 +31,10 @@ GIT_HASH := $(shell git describe --always --dirty 2> /dev/null || echo unknown)
 SOURCES = $(wildcard host/*.h data/*.h)
 
 help:
-	@sh dev/help.sh "$(CC)"
+	@sh dev/help.sh "$(CC)" "$(FIND_MPI)"
 
 train_gpt_mhc: train_gpt_mhc.c $(SOURCES) Makefile
-	$(CC) $(CFLAGS) -DGIT_HASH='"$(GIT_HASH)"' $< -o $@ -lm
+	$(CC) $(CFLAGS) -DGIT_HASH='"$(GIT_HASH)"' -pthread $< -o $@ $(MPI) -lm
 
 train train-cpu: train_gpt_mhc
 	./train_gpt_mhc --config scripts/tiny.cfg --out $(DIR) --overwrite $(ARGS)
@@ -90,7 +98,7 @@ NVCC_FLAGS = -std=c++17 $(NVCC_OPT) -arch=$(or $(ARCH),sm_80) -DPRECISION_$(PREC
              -Xcompiler -Wall,-Wextra,-Wno-unused-function,-fopenmp -Xcompiler -ffp-contract=fast
 
 train_gpt_mhc_cuda: train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile
-	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(filter -D% -I% -L% -l%,$(MPI)) -lcublasLt
 
 test_gpt_mhc_cuda: test_gpt_mhc.cu train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt

@@ -842,8 +842,10 @@ static void classifier_gpu(float* losses, floatX* logits, const int32_t* targets
 // ------------------------------------------------------------------------------------------------
 // Hyper-connections (mHC Eq. 3, 7-9; HC Eq. 5), every residual mode with streams: plain kernels, which say
 // what faster ones must compute. Where channels are walked a warp has a token, its lanes side by side; where
-// coefficients are computed a thread has one. Kernels know n when they are compiled, so that whatever has n
-// or n*n entries stays in registers.
+// coefficients are computed a thread has one. Kernels have a template argument N and know the largest n when
+// they are compiled, so that whatever has n or n*n entries stays in registers: those for 1, 2 and 4 streams
+// know n itself, the one for MAX_N serves all other n. Where a thread has a token that is too much for MAX_N:
+// there the entries lie in shared memory, and loops over them are loops.
 //
 // Rounded to floatX, once each: y and u on the way forward; on the way back df, and the state's gradient
 // after the write's part and again after the read's (in between it is in memory). The norm, the projection
@@ -871,7 +873,7 @@ static Connections connections_of(const Config* c) {
 }
 
 enum {
-    TOKEN_THREADS = 128,        // where a thread has a token
+    TOKEN_THREADS = 64,         // where a thread has a token
     TILE_TOKENS = 8,            // tokens (or vectors) that share each number of fn once it is read
     PROJECT_THREADS = TILE_TOKENS * WARP,
     STATE_THREADS = 128,        // a thread has a channel
@@ -881,39 +883,64 @@ enum {
 };
 static_assert(STATE_THREADS % WARP == 0 && FN_THREADS % WARP == 0, "blocks have whole warps");
 
-// kernel<n><<<blocks, threads, 0, stream>>>(..)
+// kernel<N><<<blocks, threads, 0, stream>>>(..)
 #define LAUNCH_N(n, kernel, blocks, threads, stream, ...)                                                    \
     do {                                                                                                     \
         switch (n) {                                                                                         \
             case 1: kernel<1><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
             case 2: kernel<2><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
-            case 3: kernel<3><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
             case 4: kernel<4><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
-            case 5: kernel<5><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
-            case 6: kernel<6><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
-            case 7: kernel<7><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
-            case 8: kernel<8><<<blocks, threads, 0, stream>>>(__VA_ARGS__); break;                           \
+            default: kernel<MAX_N><<<blocks, threads, 0, stream>>>(__VA_ARGS__);                             \
         }                                                                                                    \
         LAUNCHED();                                                                                          \
     } while (0)
 
+// n in a kernel<N>
+template <int N> __host__ __device__ constexpr int streams_of(int n) { return N == MAX_N ? n : N; }
+// Loops over what has an entry a stream; and where a thread has a token, also over its coefficients
+#define STREAMS(i) _Pragma("unroll") for (int i = 0; i < N; i++) if (i < n)
+#define TOKEN_STREAMS(i) _Pragma("unroll (N < MAX_N ? N : 1)") for (int i = 0; i < N; i++) if (i < n)
+#define TOKEN_COEFS(m)                                                                                       \
+    _Pragma("unroll (N < MAX_N ? coefs(N) : 1)") for (int m = 0; m < coefs(N); m++)                          \
+        if (coef_is_there<N>(m, n))
+
 // Coefficients of a token, pre (n) | post (n) | res (n, n)[out][in]; fn has no more outputs than that.
 __host__ __device__ constexpr int coefs(int n) { return n * n + 2 * n; }
 
+// While a kernel has them they are pre (N) | post (N) | res (N, N), with room for absent streams. m is an index
+// there, slot_of(m) its place in a thread's array.
+template <int N> __device__ __forceinline__ constexpr int slot_of(int m) {
+    return N < MAX_N ? m : m * TOKEN_THREADS;
+}
+// Declares a thread's array of coefs(N) numbers.
+#define TOKEN_ARRAY(name)                                                                                    \
+    __shared__ float name##_shared[N < MAX_N ? 1 : coefs(N) * TOKEN_THREADS];                                \
+    float name##_registers[N < MAX_N ? coefs(N) : 1];                                                        \
+    float* const name = N < MAX_N ? name##_registers : name##_shared + threadIdx.x
+
+template <int N> __device__ __forceinline__ constexpr bool coef_is_there(int m, int n) {
+    return m % N < n && (m < 2 * N || (m - 2 * N) / N < n);
+}
+// Its place in memory, in coef and base
+template <int N> __device__ __forceinline__ constexpr int coef_at(int m, int n) {
+    return m < 2 * N ? m / N * n + m % N : 2 * n + (m - 2 * N) / N * n + m % N;
+}
 // What map_of, source_of and place_of of the reference say.
-template <int N> __device__ __forceinline__ int coef_map(int m) { return m < N ? 0 : m < 2 * N ? 1 : 2; }
+template <int N> __device__ __forceinline__ constexpr int coef_map(int m) {
+    return m < N ? 0 : m < 2 * N ? 1 : 2;
+}
 template <int N> __device__ __forceinline__ int coef_source(int m, const Connections& c) {
     return c.residual == RESIDUAL_HC ? m % N : 0;
 }
-template <int N> __device__ __forceinline__ int coef_place(int m, const Connections& c) {
-    return c.residual == RESIDUAL_HC ? m % N * (N + 2) + m / N : m;
+template <int N> __device__ __forceinline__ int coef_place(int m, int n, const Connections& c) {
+    return c.residual == RESIDUAL_HC ? m % N * (n + 2) + m / N : coef_at<N>(m, n);
 }
 template <int N> __device__ __forceinline__ bool coef_is_on(int m, const Connections& c) {
     return c.maps >> coef_map<N>(m) & 1;
 }
 // What a map is when it is off: read 1/n, write 1, mix I.
-template <int N> __device__ __forceinline__ float coef_neutral(int m) {
-    return m < N ? 1.0f / N : m < 2 * N || (m - 2 * N) / N == (m - 2 * N) % N ? 1 : 0;
+template <int N> __device__ __forceinline__ float coef_neutral(int m, int n) {
+    return m < N ? 1.0f / n : m < 2 * N || (m - 2 * N) / N == m % N ? 1 : 0;
 }
 __device__ __forceinline__ bool mixes_by_sinkhorn(const Connections& c) {
     return c.residual == RESIDUAL_MHC && c.maps >> 2 & 1;
@@ -926,34 +953,32 @@ __device__ __forceinline__ float exp_saturated(float x) {
     return expf(x);
 }
 
-// out[e] = the sum over the warp of values[e]
-template <int COUNT>
-__device__ __forceinline__ void store_warp_sums(float* out, const float (&values)[COUNT]) {
+// coef (n*n + 2n), from coefficient FIRST on: the sums over the warp of values
+template <int N, int FIRST, int COUNT>
+__device__ __forceinline__ void store_coef_sums(float* coef, const float (&values)[COUNT], int n) {
     int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int e = 0; e < COUNT; e++) {
+        if (!coef_is_there<N>(FIRST + e, n)) continue;
         float sum = warp_sum(values[e]);
-        if (lane == e % WARP) out[e] = sum;
+        if (lane == e % WARP) coef[coef_at<N>(FIRST + e, n)] = sum;
     }
 }
 
 // --- Sinkhorn-Knopp (mHC Eq. 9), one matrix (n, n) a thread
 
-// Entry e of line k, where lines are rows or columns
+// Where entry e of line k of res lies, where lines are rows or columns
 template <int N, bool ROWS> __device__ __forceinline__ constexpr int entry_of(int k, int e) {
-    return ROWS ? k * N + e : e * N + k;
+    return slot_of<N>(2 * N + (ROWS ? k * N + e : e * N + k));
 }
 
 // R = exp(R - max of its line). Without shift, exp(R).
-template <int N, bool ROWS> __device__ __forceinline__ void exp_lines(float* R, bool shift) {
-#pragma unroll
-    for (int k = 0; k < N; k++) {
+template <int N, bool ROWS> __device__ __forceinline__ void exp_lines(float* R, bool shift, int n) {
+    TOKEN_STREAMS(k) {
         float max = R[entry_of<N, ROWS>(k, 0)];
-#pragma unroll
-        for (int e = 1; e < N; e++) max = R[entry_of<N, ROWS>(k, e)] > max ? R[entry_of<N, ROWS>(k, e)] : max;
+        TOKEN_STREAMS(e) max = R[entry_of<N, ROWS>(k, e)] > max ? R[entry_of<N, ROWS>(k, e)] : max;
         max = shift ? max : 0;
-#pragma unroll
-        for (int e = 0; e < N; e++) {
+        TOKEN_STREAMS(e) {
             float& entry = R[entry_of<N, ROWS>(k, e)];
             entry = exp_saturated(entry - max);
         }
@@ -962,29 +987,24 @@ template <int N, bool ROWS> __device__ __forceinline__ void exp_lines(float* R, 
 
 // Divides by the sums of lines. That of line k goes to sums[k * stride], unless sums is NULL.
 template <int N, bool ROWS>
-__device__ __forceinline__ void divide_lines(float* R, float* sums, size_t stride) {
-#pragma unroll
-    for (int k = 0; k < N; k++) {
+__device__ __forceinline__ void divide_lines(float* R, float* sums, size_t stride, int n) {
+    TOKEN_STREAMS(k) {
         float sum = 1e-12f;
-#pragma unroll
-        for (int e = 0; e < N; e++) sum += R[entry_of<N, ROWS>(k, e)];
+        TOKEN_STREAMS(e) sum += R[entry_of<N, ROWS>(k, e)];
         float inverse = 1 / sum;
-#pragma unroll
-        for (int e = 0; e < N; e++) R[entry_of<N, ROWS>(k, e)] *= inverse;
+        TOKEN_STREAMS(e) R[entry_of<N, ROWS>(k, e)] *= inverse;
         if (sums) sums[k * stride] = sum;
     }
 }
 
 // Back through that division: R and its gradient d become what they were before it.
 template <int N, bool ROWS>
-__device__ __forceinline__ void divide_lines_backward(float* d, float* R, const float* sums, size_t stride) {
-#pragma unroll
-    for (int k = 0; k < N; k++) {
+__device__ __forceinline__ void divide_lines_backward(float* d, float* R, const float* sums, size_t stride,
+                                                      int n) {
+    TOKEN_STREAMS(k) {
         float along = 0, sum = sums[k * stride], inverse = 1 / sum;
-#pragma unroll
-        for (int e = 0; e < N; e++) along += d[entry_of<N, ROWS>(k, e)] * R[entry_of<N, ROWS>(k, e)];
-#pragma unroll
-        for (int e = 0; e < N; e++) {
+        TOKEN_STREAMS(e) along += d[entry_of<N, ROWS>(k, e)] * R[entry_of<N, ROWS>(k, e)];
+        TOKEN_STREAMS(e) {
             float& entry = d[entry_of<N, ROWS>(k, e)];
             entry = (entry - along) * inverse;
             R[entry_of<N, ROWS>(k, e)] *= sum;
@@ -995,12 +1015,13 @@ __device__ __forceinline__ void divide_lines_backward(float* d, float* R, const 
 // In: logits. Out: R; and sums (divisions, n), what was divided by, stride numbers apart (or NULL).
 template <int N>
 __device__ __forceinline__ void token_sinkhorn(float* R, float* sums, size_t stride, const Connections& c) {
-    if (c.row_turns & 1) exp_lines<N, true>(R, true);
-    else exp_lines<N, false>(R, c.order != ORDER_NONE);
+    int n = streams_of<N>(c.n);
+    if (c.row_turns & 1) exp_lines<N, true>(R, true, n);
+    else exp_lines<N, false>(R, c.order != ORDER_NONE, n);
     for (int t = 0; t < c.divisions; t++) {
-        float* divisors = sums ? sums + (size_t)t * N * stride : NULL;
-        if (c.row_turns >> t % 2 & 1) divide_lines<N, true>(R, divisors, stride);
-        else divide_lines<N, false>(R, divisors, stride);
+        float* divisors = sums ? sums + (size_t)t * n * stride : NULL;
+        if (c.row_turns >> t % 2 & 1) divide_lines<N, true>(R, divisors, stride, n);
+        else divide_lines<N, false>(R, divisors, stride, n);
     }
 }
 
@@ -1008,39 +1029,41 @@ __device__ __forceinline__ void token_sinkhorn(float* R, float* sums, size_t str
 template <int N>
 __device__ __forceinline__ void token_sinkhorn_backward(float* d, float* R, const float* sums, size_t stride,
                                                         const Connections& c) {
+    int n = streams_of<N>(c.n);
     for (int t = c.divisions - 1; t >= 0; t--) {
-        const float* divisors = sums + (size_t)t * N * stride;
-        if (c.row_turns >> t % 2 & 1) divide_lines_backward<N, true>(d, R, divisors, stride);
-        else divide_lines_backward<N, false>(d, R, divisors, stride);
+        const float* divisors = sums + (size_t)t * n * stride;
+        if (c.row_turns >> t % 2 & 1) divide_lines_backward<N, true>(d, R, divisors, stride, n);
+        else divide_lines_backward<N, false>(d, R, divisors, stride, n);
     }
-#pragma unroll
-    for (int e = 0; e < N * N; e++) d[e] *= R[e];               // through exp
+    TOKEN_STREAMS(k)
+        TOKEN_STREAMS(e) d[entry_of<N, true>(k, e)] *= R[entry_of<N, true>(k, e)];     // through exp
 }
 
 // ------------------------------------------------------------------------------------------------
 // The way forward: write, project, coefficients, read.
 
+// post (n) and res (n, n) of a token, from its coef
 template <int N>
-static __global__ void write_kernel(floatX* y, const floatX* x, const floatX* f, const float* coef, int C,
-                                    int rows) {
-    int row = row_of_warp();
+__device__ __forceinline__ void load_write(float (&post)[N], float (&res)[N * N], const float* coef, int n) {
+    STREAMS(i) post[i] = coef[n + i];
+    STREAMS(i) STREAMS(j) res[i * N + j] = coef[2 * n + i * n + j];
+}
+
+template <int N>
+static __global__ void write_kernel(floatX* y, const floatX* x, const floatX* f, const float* coef,
+                                    int streams, int C, int rows) {
+    int row = row_of_warp(), n = streams_of<N>(streams);
     if (row >= rows) return;                                    // the whole warp
     float post[N], res[N * N];
     size_t r = row;
-    y += r * N * C, x += r * N * C, f += r * C, coef += r * coefs(N);
-#pragma unroll
-    for (int i = 0; i < N; i++) post[i] = coef[N + i];
-#pragma unroll
-    for (int e = 0; e < N * N; e++) res[e] = coef[2 * N + e];
+    y += r * n * C, x += r * n * C, f += r * C;
+    load_write(post, res, coef + r * coefs(n), n);
     for (int ch = threadIdx.x % WARP; ch < C; ch += WARP) {
         float xs[N], value = to_float(f[ch]);
-#pragma unroll
-        for (int j = 0; j < N; j++) xs[j] = to_float(x[j * C + ch]);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
+        STREAMS(j) xs[j] = to_float(x[j * C + ch]);
+        STREAMS(i) {
             float sum = post[i] * value;
-#pragma unroll
-            for (int j = 0; j < N; j++) sum += res[i * N + j] * xs[j];
+            STREAMS(j) sum += res[i * N + j] * xs[j];
             y[i * C + ch] = from_float<floatX>(sum);
         }
     }
@@ -1048,7 +1071,8 @@ static __global__ void write_kernel(floatX* y, const floatX* x, const floatX* f,
 // y (rows, n, C) = res x + post f (mHC Eq. 3), from x (rows, n, C), f (rows, C), coef (rows, n*n + 2n)
 static void write_gpu(floatX* y, const floatX* x, const floatX* f, const float* coef, Connections c, int rows,
                       cudaStream_t stream) {
-    LAUNCH_N(c.n, write_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, y, x, f, coef, c.C, rows);
+    LAUNCH_N(c.n, write_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, y, x, f, coef, c.n, c.C,
+             rows);
 }
 
 // A block has TILE_TOKENS vectors and walks them once, a thread to a number; a number of fn is read once for
@@ -1108,36 +1132,38 @@ static void project_gpu(float* mix, float* rnorm, const floatX* x, const float* 
 // What scale multiplies (tanh in hc). mix of a static connection is not there.
 template <int N> __device__ __forceinline__ float coef_gate(int m, const float* mix, const Connections& c) {
     if (c.is_static) return 0;
-    float value = mix[coef_place<N>(m, c)];
+    float value = mix[coef_place<N>(m, streams_of<N>(c.n), c)];
     return c.residual == RESIDUAL_HC ? tanhf(value) : value;
 }
 
-// a (n*n + 2n) of a token, before sigmoid and Sinkhorn (mHC Eq. 7); 0 from M on
+// a (coefs(N)) of a token, before sigmoid and Sinkhorn (mHC Eq. 7); 0 from M on
 template <int N>
 __device__ __forceinline__ void token_logits(float* a, const float* mix, const float* base,
                                              const float* scale, const Connections& c) {
-#pragma unroll
-    for (int m = 0; m < coefs(N); m++) {
-        float factor = c.is_static ? 0 : scale[m < c.M ? coef_map<N>(m) : 0];
-        a[m] = m < c.M ? factor * coef_gate<N>(m, mix, c) + base[m] : 0;
+    int n = streams_of<N>(c.n);
+    TOKEN_COEFS(m) {
+        bool in_M = coef_at<N>(m, n) < c.M;
+        float factor = c.is_static ? 0 : scale[in_M ? coef_map<N>(m) : 0];
+        a[slot_of<N>(m)] = in_M ? factor * coef_gate<N>(m, mix, c) + base[coef_at<N>(m, n)] : 0;
     }
 }
 
 template <int N>
 static __global__ void coefficients_kernel(float* coef, const float* mix, const float* base,
                                            const float* scale, Connections c, int rows) {
-    int row = blockIdx.x * TOKEN_THREADS + threadIdx.x;
+    TOKEN_ARRAY(a);
+    int row = blockIdx.x * TOKEN_THREADS + threadIdx.x, n = streams_of<N>(c.n);
     if (row >= rows) return;
-    float a[coefs(N)];
     token_logits<N>(a, mix + (size_t)row * c.M, base, scale, c);
-    if (c.residual != RESIDUAL_HC)                              // mHC Eq. 8
-#pragma unroll
-        for (int m = 0; m < 2 * N; m++) a[m] = (m < N ? 1.0f : 2.0f) / (1 + exp_saturated(-a[m]));
-    if (mixes_by_sinkhorn(c)) token_sinkhorn<N>(a + 2 * N, NULL, 0, c);
-#pragma unroll
-    for (int m = 0; m < coefs(N); m++) {
-        bool on = m < c.M && coef_is_on<N>(m, c);
-        coef[(size_t)row * coefs(N) + m] = on ? a[m] : coef_neutral<N>(m);
+    if (c.residual != RESIDUAL_HC) {                            // mHC Eq. 8
+        TOKEN_STREAMS(i) a[slot_of<N>(i)] = 1 / (1 + exp_saturated(-a[slot_of<N>(i)]));
+        TOKEN_STREAMS(i) a[slot_of<N>(N + i)] = 2 / (1 + exp_saturated(-a[slot_of<N>(N + i)]));
+    }
+    if (mixes_by_sinkhorn(c)) token_sinkhorn<N>(a, NULL, 0, c);
+    TOKEN_COEFS(m) {
+        int at = coef_at<N>(m, n);
+        bool on = at < c.M && coef_is_on<N>(m, c);
+        coef[(size_t)row * coefs(n) + at] = on ? a[slot_of<N>(m)] : coef_neutral<N>(m, n);
     }
 }
 // coef (rows, n*n + 2n) from mix (rows, M), which is not read where the connection is static
@@ -1150,18 +1176,16 @@ static void coefficients_gpu(float* coef, const float* mix, const float* base, c
 template <int N>
 static __global__ void read_layernorm_kernel(floatX* u, floatX* ln, float* stats, const floatX* x,
                                              const float* coef, const floatX* weight, const floatX* bias,
-                                             int C, int rows) {
-    int row = row_of_warp();
+                                             int streams, int C, int rows) {
+    int row = row_of_warp(), n = streams_of<N>(streams);
     if (row >= rows) return;
     float pre[N];
     size_t r = row;
-    u += r * C, ln += r * C, x += r * N * C;
-#pragma unroll
-    for (int i = 0; i < N; i++) pre[i] = coef[r * coefs(N) + i];
+    u += r * C, ln += r * C, x += r * n * C;
+    STREAMS(i) pre[i] = coef[r * coefs(n) + i];
     for (int ch = threadIdx.x % WARP; ch < C; ch += WARP) {
         float sum = 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) sum += pre[i] * to_float(x[i * C + ch]);
+        STREAMS(i) sum += pre[i] * to_float(x[i * C + ch]);
         u[ch] = from_float<floatX>(sum);
     }
     layernorm_row<1>(ln, stats + r * 2, u, weight, bias, C);    // a lane reads what it wrote
@@ -1171,7 +1195,7 @@ static void read_layernorm_gpu(floatX* u, floatX* ln, float* stats, const floatX
                                const floatX* weight, const floatX* bias, Connections c, int rows,
                                cudaStream_t stream) {
     LAUNCH_N(c.n, read_layernorm_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, u, ln, stats, x,
-             coef, weight, bias, c.C, rows);
+             coef, weight, bias, c.n, c.C, rows);
 }
 
 typedef struct {                // between sublayer k and sublayer k + 1
@@ -1198,39 +1222,32 @@ static void boundary_forward_gpu(const Boundary* b, Connections c, int rows, cud
 
 template <int N>
 static __global__ void write_backward_kernel(floatX* dx, floatX* df, float* dcoef, const floatX* dy,
-                                             const floatX* x, const floatX* f, const float* coef, int C,
-                                             int rows) {
-    int row = row_of_warp();
+                                             const floatX* x, const floatX* f, const float* coef,
+                                             int streams, int C, int rows) {
+    int row = row_of_warp(), n = streams_of<N>(streams);
     if (row >= rows) return;
     float post[N], res[N * N], sums[N + N * N] = {};            // sums: of dpost | dres
     size_t r = row;
-    dx += r * N * C, dy += r * N * C, x += r * N * C, df += r * C, f += r * C;
-    coef += r * coefs(N), dcoef += r * coefs(N);
-#pragma unroll
-    for (int i = 0; i < N; i++) post[i] = coef[N + i];
-#pragma unroll
-    for (int e = 0; e < N * N; e++) res[e] = coef[2 * N + e];
+    dx += r * n * C, dy += r * n * C, x += r * n * C, df += r * C, f += r * C;
+    load_write(post, res, coef + r * coefs(n), n);
     for (int ch = threadIdx.x % WARP; ch < C; ch += WARP) {
         float dys[N], value = to_float(f[ch]), sum = 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
+        STREAMS(i) {
             dys[i] = to_float(dy[i * C + ch]);
             sum += post[i] * dys[i];
             sums[i] += dys[i] * value;
         }
         df[ch] = from_float<floatX>(sum);
-#pragma unroll
-        for (int j = 0; j < N; j++) {
+        STREAMS(j) {
             float xj = to_float(x[j * C + ch]), dxj = 0;
-#pragma unroll
-            for (int i = 0; i < N; i++) {
+            STREAMS(i) {
                 dxj += res[i * N + j] * dys[i];
                 sums[N + i * N + j] += dys[i] * xj;
             }
             dx[j * C + ch] = from_float<floatX>(dxj);
         }
     }
-    store_warp_sums(dcoef + N, sums);
+    store_coef_sums<N, N>(dcoef + r * coefs(n), sums, n);
 }
 // dx (rows, n, C) but for the read's part, df (rows, C), dcoef (rows, n*n + 2n) but for pre; from dy (rows,
 // n, C), which may be dx
@@ -1238,7 +1255,7 @@ static void write_backward_gpu(floatX* dx, floatX* df, float* dcoef, const float
                                const floatX* f, const float* coef, Connections c, int rows,
                                cudaStream_t stream) {
     LAUNCH_N(c.n, write_backward_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, dx, df, dcoef, dy,
-             x, f, coef, c.C, rows);
+             x, f, coef, c.n, c.C, rows);
 }
 
 typedef struct { float mean, rstd, sum, along; } ReadSums;     // last two: means of weight dln (1, xhat)
@@ -1250,14 +1267,14 @@ __device__ __forceinline__ float read_gradient(float dln, float weight, float u,
 
 template <int N>
 static __global__ void read_backward_kernel(float* dcoef, float* sums, const floatX* dln, const floatX* x,
-                                            const floatX* u, const float* stats, const floatX* weight, int C,
-                                            int rows) {
-    int row = row_of_warp(), lane = threadIdx.x % WARP;
+                                            const floatX* u, const float* stats, const floatX* weight,
+                                            int streams, int C, int rows) {
+    int row = row_of_warp(), lane = threadIdx.x % WARP, n = streams_of<N>(streams);
     if (row >= rows) return;
     size_t r = row;
     ReadSums s = {stats[r * 2], stats[r * 2 + 1], 0, 0};
     float dpre[N] = {}, sum = 0, along = 0;
-    dln += r * C, u += r * C, x += r * N * C;
+    dln += r * C, u += r * C, x += r * n * C;
     for (int ch = lane; ch < C; ch += WARP) {
         float g = to_float(weight[ch]) * to_float(dln[ch]);
         sum += g;
@@ -1267,10 +1284,9 @@ static __global__ void read_backward_kernel(float* dcoef, float* sums, const flo
     s.along = warp_sum(along) / C;
     for (int ch = lane; ch < C; ch += WARP) {
         float du = read_gradient(to_float(dln[ch]), to_float(weight[ch]), to_float(u[ch]), s);
-#pragma unroll
-        for (int i = 0; i < N; i++) dpre[i] += du * to_float(x[i * C + ch]);
+        STREAMS(i) dpre[i] += du * to_float(x[i * C + ch]);
     }
-    store_warp_sums(dcoef + r * coefs(N), dpre);
+    store_coef_sums<N, 0>(dcoef + r * coefs(n), dpre, n);
     if (lane < 2) sums[r * 2 + lane] = lane == 0 ? s.sum : s.along;
 }
 // pre of dcoef (rows, n*n + 2n), and the last two of ReadSums in sums (rows, 2); from dln (rows, C)
@@ -1278,26 +1294,26 @@ static void read_backward_gpu(float* dcoef, float* sums, const floatX* dln, cons
                               const float* stats, const floatX* weight, Connections c, int rows,
                               cudaStream_t stream) {
     LAUNCH_N(c.n, read_backward_kernel, ceil_div(rows, ROWS_A_BLOCK), ROW_THREADS, stream, dcoef, sums, dln,
-             x, u, stats, weight, c.C, rows);
+             x, u, stats, weight, c.n, c.C, rows);
 }
 
-// In: d (n*n + 2n), gradients of a token's coef. Out: those of its logits; zero for a map that is off.
+// In: d (coefs(N)), gradients of a token's coef. Out: those of its logits; zero for a map that is off.
+// a (coefs(N)) is scratch.
 template <int N>
-__device__ __forceinline__ void token_logits_backward(float* d, const float* coef, const float* mix,
+__device__ __forceinline__ void token_logits_backward(float* d, float* a, const float* coef, const float* mix,
                                                       const float* base, const float* scale, float* divisors,
                                                       size_t stride, const Connections& c) {
-#pragma unroll
-    for (int m = 0; m < 2 * N; m++) {
-        float top = m < N ? 1 : 2, y = coef[m];                 // y = top sigmoid(a): dy/da = y (1 - y / top)
-        if (c.residual != RESIDUAL_HC) d[m] *= y * (1 - y / top);
+    int n = streams_of<N>(c.n);
+    TOKEN_COEFS(m) {
+        if (m >= 2 * N) continue;
+        float top = m < N ? 1 : 2, y = coef[coef_at<N>(m, n)];  // y = top sigmoid(a): dy/da = y (1 - y / top)
+        if (c.residual != RESIDUAL_HC) d[slot_of<N>(m)] *= y * (1 - y / top);
     }
-#pragma unroll
-    for (int m = 0; m < coefs(N); m++) d[m] = coef_is_on<N>(m, c) ? d[m] : 0;
+    TOKEN_COEFS(m) d[slot_of<N>(m)] = coef_is_on<N>(m, c) ? d[slot_of<N>(m)] : 0;
     if (!mixes_by_sinkhorn(c)) return;
-    float a[coefs(N)];
     token_logits<N>(a, mix, base, scale, c);
-    token_sinkhorn<N>(a + 2 * N, divisors, stride, c);
-    token_sinkhorn_backward<N>(d + 2 * N, a + 2 * N, divisors, stride, c);
+    token_sinkhorn<N>(a, divisors, stride, c);
+    token_sinkhorn_backward<N>(d, a, divisors, stride, c);
 }
 
 // From d, the gradients of a token's logits: its terms of dbase and dscale, z and shrink
@@ -1305,25 +1321,25 @@ template <int N>
 __device__ __forceinline__ void token_terms(float* terms, float* z, float* shrink, const float* d,
                                             const float* mix, const float* rnorm, const float* scale,
                                             const Connections& c) {
+    int n = streams_of<N>(c.n);
     float dscale[3] = {}, through[N] = {};
-#pragma unroll
-    for (int m = 0; m < coefs(N); m++) {
-        if (m >= c.M) break;                                    // in ihc, where res begins
-        terms[m] = d[m];
+    TOKEN_COEFS(m) {
+        int at = coef_at<N>(m, n), place = coef_place<N>(m, n, c);
+        if (at >= c.M) continue;                                // res of ihc
+        terms[at] = d[slot_of<N>(m)];
         if (c.is_static) continue;
-        int place = coef_place<N>(m, c);
         float y = coef_gate<N>(m, mix, c), slope = c.residual == RESIDUAL_HC ? 1 - y * y : 1;
-        float dmix = scale[coef_map<N>(m)] * d[m] * slope, shrinks = dmix * mix[place];
-        dscale[coef_map<N>(m)] += d[m] * y;
+        float dmix = scale[coef_map<N>(m)] * d[slot_of<N>(m)] * slope, shrinks = dmix * mix[place];
+#pragma unroll
+        for (int i = 0; i < 3; i++)                             // no index that only the run knows
+            if (i == coef_map<N>(m)) dscale[i] += d[slot_of<N>(m)] * y;
         z[place] = dmix * rnorm[coef_source<N>(m, c)];
-        if (c.residual == RESIDUAL_HC) through[m % N] += shrinks;
-        else through[0] += shrinks;
+        STREAMS(i) if (i == coef_source<N>(m, c)) through[i] += shrinks;
     }
 #pragma unroll
     for (int i = 0; i < 3; i++)
         if (i < c.scales) terms[c.M + i] = dscale[i];
-#pragma unroll
-    for (int i = 0; i < N; i++)                                 // d rms(x): the term that is easily forgotten
+    STREAMS(i)                                                  // d rms(x): the term that is easily forgotten
         if (!c.is_static && i < c.groups) shrink[i] = through[i] * (rnorm[i] * rnorm[i] / c.width);
 }
 
@@ -1332,14 +1348,14 @@ static __global__ void coefficients_backward_kernel(float* terms, float* z, floa
                                                     const float* dcoef, const float* coef, const float* mix,
                                                     const float* rnorm, const float* base, const float* scale,
                                                     Connections c, int rows) {
-    int row = blockIdx.x * TOKEN_THREADS + threadIdx.x;
+    TOKEN_ARRAY(d);
+    TOKEN_ARRAY(a);
+    int row = blockIdx.x * TOKEN_THREADS + threadIdx.x, n = streams_of<N>(c.n);
     if (row >= rows) return;
-    float d[coefs(N)];
     size_t r = row;
-    coef += r * coefs(N), dcoef += r * coefs(N), mix += r * c.M, rnorm += r * c.groups;
-#pragma unroll
-    for (int m = 0; m < coefs(N); m++) d[m] = dcoef[m];
-    token_logits_backward<N>(d, coef, mix, base, scale, divisors + r, rows, c);
+    coef += r * coefs(n), dcoef += r * coefs(n), mix += r * c.M, rnorm += r * c.groups;
+    TOKEN_COEFS(m) d[slot_of<N>(m)] = dcoef[coef_at<N>(m, n)];
+    token_logits_backward<N>(d, a, coef, mix, base, scale, divisors + r, rows, c);
     token_terms<N>(terms + r * (c.M + c.scales), z + r * c.M, shrink + r * c.groups, d, mix, rnorm, scale, c);
 }
 // From dcoef (rows, n*n + 2n): terms (rows, M + scales) of dbase and dscale; unless the connection is static
@@ -1359,10 +1375,10 @@ template <int N>
 __device__ __forceinline__ void project_backward(float (&sum)[N][TILE_TOKENS], const float* fn,
                                                  const float (&z)[TILE_TOKENS][coefs(N)],
                                                  const Connections& c) {
+    int n = streams_of<N>(c.n);
     bool together = c.groups == 1;                              // all streams have one z; else each its own
     for (int o = 0; o < c.outs; o++)
-#pragma unroll
-        for (int i = 0; i < N; i++) {
+        STREAMS(i) {
             float weight = fn[(size_t)o * c.width + (together ? i * c.C : 0)];
 #pragma unroll
             for (int v = 0; v < TILE_TOKENS; v++) sum[i][v] += weight * z[v][together ? o : i * c.outs + o];
@@ -1379,7 +1395,7 @@ template <int N>
 static __global__ void state_backward_kernel(floatX* dx, StateTerms t, Connections c, int rows) {
     __shared__ float z[TILE_TOKENS][coefs(N)];
     int first = blockIdx.x * TILE_TOKENS, tokens = min((int)TILE_TOKENS, rows - first);
-    int ch = blockIdx.y * STATE_THREADS + threadIdx.x;
+    int ch = blockIdx.y * STATE_THREADS + threadIdx.x, n = streams_of<N>(c.n);
     float through[N][TILE_TOKENS] = {};
     for (int e = threadIdx.x; e < TILE_TOKENS * c.M && !c.is_static; e += STATE_THREADS)
         z[e / c.M][e % c.M] = e / c.M < tokens ? t.z[(size_t)first * c.M + e] : 0;
@@ -1392,11 +1408,10 @@ static __global__ void state_backward_kernel(floatX* dx, StateTerms t, Connectio
         size_t row = first + v, at = row * c.C + ch;
         ReadSums s = {t.stats[row * 2], t.stats[row * 2 + 1], t.sums[row * 2], t.sums[row * 2 + 1]};
         float du = read_gradient(to_float(t.dln[at]), to_float(t.weight[ch]), to_float(t.u[at]), s);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            size_t state = (row * N + i) * c.C + ch;
+        STREAMS(i) {
+            size_t state = (row * n + i) * c.C + ch;
             float shrink = c.is_static ? 0 : t.shrink[row * c.groups + (c.groups == 1 ? 0 : i)];
-            float sum = t.coef[row * coefs(N) + i] * du - shrink * to_float(t.x[state]) + through[i][v];
+            float sum = t.coef[row * coefs(n) + i] * du - shrink * to_float(t.x[state]) + through[i][v];
             dx[state] = from_float<floatX>(to_float(dx[state]) + sum);
         }
     }

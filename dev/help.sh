@@ -1,6 +1,6 @@
 #!/bin/sh
-# What `make` alone prints: the targets, and what was found on this machine. $1 is the compiler.
-cc=$1
+# What `make` alone prints: the targets, and what was found on this machine. $1 is the compiler, $2 its flags for MPI.
+cc=$1 mpi=$2
 yes_no() { if eval "$2" > /dev/null 2>&1; then printf '  yes  %s\n' "$1"; else printf '  no   %s\n' "$1: $3"; fi; }
 probe=$(mktemp -d) && trap 'rm -rf "$probe"' EXIT
 printf 'int main(void) { return 0; }\n' > "$probe/a.c"
@@ -24,6 +24,7 @@ found here:
 TEXT
 yes_no "compiler: $cc" "command -v $cc" "install gcc or clang"
 yes_no "OpenMP (several threads)" "$cc -fopenmp $probe/a.c -o $probe/a" "training runs on one thread"
+yes_no "MPI (ranks in several processes)" '[ "$mpi" ]' "one rank; make deps, or an Open MPI or MPICH of yours (MPICC=mpicc)"
 yes_no "clang with libFuzzer (make fuzz)" "printf 'int LLVMFuzzerTestOneInput(void) { return 0; }' > $probe/f.c && clang -fsanitize=fuzzer $probe/f.c -o $probe/f" "install clang"
 yes_no "nvcc (make gpu-compile)" "command -v ${NVCC:-nvcc}" "install the CUDA toolkit"
 yes_no "PyTorch (the oracle in make test)" "${PYTHON:-/usr/bin/python3} -c 'import torch'" "make deps; until then those checks are skipped"

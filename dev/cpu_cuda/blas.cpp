@@ -18,9 +18,9 @@ enum { ADDS_BIAS = 4, GELU = 32, GELU_GRADIENT = 64, HAS_AUX = 128, SUMS_B = 512
 struct cublasLtContext {};
 
 struct cublasLtMatmulDescOpaque_t {
-    uint32_t transpose_a, transpose_b, epilogue;
-    void *bias, *aux;
-    int64_t aux_leading;
+    uint32_t transpose_a = CUBLAS_OP_N, transpose_b = CUBLAS_OP_N, epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    void *bias = nullptr, *aux = nullptr;
+    int64_t aux_leading = 0;
 };
 
 struct cublasLtMatrixLayoutOpaque_t {
@@ -67,6 +67,7 @@ void put(const Matrix& x, size_t row, size_t column, float value) {
     else ((uint16_t*)x.at)[i] = bf16_bits(value);
 }
 
+// Tells the checks, column by column.
 void use(const Matrix& x, bool write, const char* what) {
     if (x.down != 1) return use(transposed(x), write, what);
     for (size_t column = 0; column < x.columns; column++)
@@ -129,12 +130,11 @@ void finish(const Job& job, size_t i, size_t j, float x) {
 }
 
 void run(const Job& job) {
-    static const char* const names[] = {"cublasLtMatmul: A", "cublasLtMatmul: B",    "cublasLtMatmul: C",
-                                        "cublasLtMatmul: D", "cublasLtMatmul: bias", "cublasLtMatmul: aux"};
+    static const std::string names[] = {"A", "B", "C", "D", "bias", "aux"};
     const Matrix* o = job.operands;
     bool written[] = {false, false, false, true, (job.epilogue & SUMS_B) != 0, (job.epilogue & GELU) != 0};
     for (int i = 0; i < OPERANDS; i++)
-        if (o[i].at) use(o[i], written[i], names[i]);
+        if (o[i].at) use(o[i], written[i], ("cublasLtMatmul: " + names[i]).c_str());
     size_t m = o[D].rows, n = o[D].columns, depth = o[A].columns;
     std::vector<float> a = pack(o[A], HIGH), b = pack(o[B], WIDE);
     for (size_t j = 0; j < n; j += WIDE)
@@ -164,7 +164,8 @@ cublasStatus_t describe(Job* job, cublasLtHandle_t handle, const Operation* o, c
     if (!o || !a || !b || !c || !d) return INVALID;
     size_t m = d->rows, n = d->columns;
     Matrix bias = {d->type, o->epilogue & SUMS_B ? n : m, 1, 1, m + n, nullptr};
-    Matrix aux = {d->type, m, n, 1, o->epilogue & HAS_AUX ? (size_t)o->aux_leading : m, nullptr};
+    bool has_aux = o->epilogue & HAS_AUX;
+    Matrix aux = {d->type, m, n, 1, has_aux ? (size_t)o->aux_leading : m, nullptr};
     *job = {o->epilogue, {*a, *b, *c, *d, bias, aux}, 0, 0};
     Matrix* x = job->operands;
     for (int i = 0; i < OPERANDS; i++)
@@ -172,13 +173,11 @@ cublasStatus_t describe(Job* job, cublasLtHandle_t handle, const Operation* o, c
     if (o->transpose_a) x[A] = transposed(*a);
     if (!o->transpose_b) x[B] = transposed(*b);
     bool fit = x[A].rows == m && x[B].rows == n && x[A].columns == x[B].columns;
-    if (!fit || c->rows != m || c->columns != n) return INVALID;
-    if (o->epilogue & HAS_AUX && o->aux_leading % 8) return INVALID;
+    if (!fit || c->rows != m || c->columns != n || (has_aux && o->aux_leading % 8)) return INVALID;
     bool known = std::count(std::begin(epilogues), std::end(epilogues), o->epilogue);
     bool types = a->type == b->type && c->type == d->type && (a->type != CUDA_R_32F || d->type == CUDA_R_32F);
-    if (!known || !types || o->transpose_a > CUBLAS_OP_T || o->transpose_b > CUBLAS_OP_T)
-        return CUBLAS_STATUS_NOT_SUPPORTED;
-    return DONE;
+    bool no_conjugates = o->transpose_a <= CUBLAS_OP_T && o->transpose_b <= CUBLAS_OP_T;
+    return known && types && no_conjugates ? DONE : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
 // Puts the addresses into a job, where they are needed and may be.
@@ -198,19 +197,6 @@ cublasStatus_t place(Job* job, const Preference& promised, const std::vector<con
     return DONE;
 }
 
-template <class Opaque>
-cublasStatus_t create(Opaque** made, const Opaque& value) {
-    if (!made) return INVALID;
-    *made = new Opaque(value);
-    return DONE;
-}
-
-template <class Opaque>
-cublasStatus_t destroy(Opaque* opaque) {
-    delete opaque;
-    return DONE;
-}
-
 template <class T>
 cublasStatus_t set(T* field, const void* value, size_t size) {
     if (!value || size != sizeof *field) return INVALID;
@@ -223,14 +209,14 @@ cublasStatus_t set(T* field, const void* value, size_t size) {
 // ------------------------------------------------------------------------------------------------
 // The interface
 
-cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) { return create(handle, {}); }
-cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return destroy(handle); }
+cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) { return *handle = new cublasLtContext, DONE; }
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return delete handle, DONE; }
 
 cublasStatus_t cublasLtMatmulDescCreate(Operation** o, cublasComputeType_t compute, cudaDataType scale) {
     if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
-    return create(o, {0, 0, CUBLASLT_EPILOGUE_DEFAULT, nullptr, nullptr, 0});
+    return *o = new Operation, DONE;
 }
-cublasStatus_t cublasLtMatmulDescDestroy(Operation* operation) { return destroy(operation); }
+cublasStatus_t cublasLtMatmulDescDestroy(Operation* o) { return delete o, DONE; }
 
 cublasStatus_t cublasLtMatmulDescSetAttribute(Operation* o, cublasLtMatmulDescAttributes_t name,
                                               const void* value, size_t size) {
@@ -245,20 +231,19 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(Operation* o, cublasLtMatmulDescAt
     return INVALID;
 }
 
-cublasStatus_t cublasLtMatrixLayoutCreate(Matrix** layout, cudaDataType type, uint64_t rows, uint64_t columns,
+cublasStatus_t cublasLtMatrixLayoutCreate(Matrix** x, cudaDataType type, uint64_t rows, uint64_t columns,
                                           int64_t leading) {
-    return create(layout, {type, rows, columns, 1, (size_t)std::max(leading, (int64_t)0), nullptr});
+    return *x = new Matrix{type, rows, columns, 1, (size_t)std::max(leading, (int64_t)0), nullptr}, DONE;
 }
-cublasStatus_t cublasLtMatrixLayoutDestroy(Matrix* layout) { return destroy(layout); }
+cublasStatus_t cublasLtMatrixLayoutDestroy(Matrix* x) { return delete x, DONE; }
 
 cublasStatus_t cublasLtMatmulPreferenceCreate(Preference** preference) {
-    return create(preference, {0, {256, 256, 256, 256, 16, 16}});
+    return *preference = new Preference{0, {256, 256, 256, 256, 16, 16}}, DONE;
 }
-cublasStatus_t cublasLtMatmulPreferenceDestroy(Preference* preference) { return destroy(preference); }
+cublasStatus_t cublasLtMatmulPreferenceDestroy(Preference* preference) { return delete preference, DONE; }
 
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(Preference* preference,
-                                                    cublasLtMatmulPreferenceAttributes_t name,
-                                                    const void* value, size_t size) {
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(
+    Preference* preference, cublasLtMatmulPreferenceAttributes_t name, const void* value, size_t size) {
     if (name == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) return set(&preference->workspace, value, size);
     unsigned operand = name - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES;
     return operand <= D ? set(&preference->alignment[operand], value, size) : INVALID;
@@ -274,11 +259,10 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, Operation
     cublasStatus_t status = describe(&job, handle, o, a, b, c, d);
     if (status != DONE) return status;
     Preference promised = *preference;
-    promised.workspace = std::min(preference->workspace, WORKSPACE);
-    results[0] = {{}, promised.workspace, DONE, 1, {}};
-    memcpy(&results[0].algo, &promised, sizeof promised);
-    *found = 1;
-    return DONE;
+    promised.workspace = std::min(promised.workspace, WORKSPACE);
+    *results = {{}, promised.workspace, DONE, 1, {}};
+    memcpy(&results->algo, &promised, sizeof promised);
+    return *found = 1, DONE;
 }
 
 // Without an algorithm any alignment to 16 bytes does. The workspace is written over, as on a GPU.

@@ -21,12 +21,12 @@
 
 #include <algorithm>
 #include <map>
-#include <memory>
 #include <unordered_map>
 
 namespace cpu_cuda {
 namespace {
 
+using namespace check;
 typedef uint64_t Time;
 
 // STRONG: atomic or volatile; these do not race with one another. PENDING: a cp.async without its wait.
@@ -49,9 +49,8 @@ struct Cell {
     Record writes[2], reads[2];
 };
 
-enum State : uint8_t { OUTSIDE, UNWRITTEN, WRITTEN };           // of a byte
-
 constexpr uintptr_t PAGE = 4096;
+constexpr int ANEW = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;       // untouched, it takes no memory
 
 struct Page {
     State state[PAGE];
@@ -59,28 +58,9 @@ struct Page {
 };
 
 // By the address's page; null: no shadow.
-Page** const pages = (Page**)mmap(nullptr, sizeof(Page*) << 35, PROT_READ | PROT_WRITE,
-                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+Page** const pages = (Page**)mmap(nullptr, sizeof(Page*) << 35, PROT_READ | PROT_WRITE, ANEW, -1, 0);
 
 Page* page_of(uintptr_t address) { return pages[address / PAGE]; }
-
-void set_state(const void* begin, size_t size, State state) {
-    uintptr_t p = (uintptr_t)begin, end = p + size;
-    for (uintptr_t next; p < end; p = next) {
-        next = std::min(end, (p / PAGE + 1) * PAGE);
-        if (Page* page = page_of(p)) memset(page->state + p % PAGE, state, next - p);
-    }
-}
-
-// Makes shadow for [p, p + size), where there is none. Untouched, it takes no memory.
-void make_shadow(const void* p, size_t size, State state) {
-    uintptr_t first = (uintptr_t)p / PAGE, count = ((uintptr_t)p + size - 1) / PAGE - first + 1;
-    void* memory = mmap(nullptr, count * sizeof(Page), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) stop({}, "no memory to watch %zu bytes", size);
-    for (uintptr_t i = 0; i < count; i++) pages[first + i] = (Page*)memory + i;
-    set_state(p, size, state);
-}
 
 bool is_shared(uintptr_t address) {
     return address - (uintptr_t)current->block->shared < current->block->shared_size;
@@ -107,7 +87,7 @@ Time now = 1;
 Time ordered_until;                     // launches and grid barriers order all that came before
 std::unordered_map<uintptr_t, Times> released;          // by the atomic variable's address
 
-ThreadState& state_of(const Thread* t) { return (*(ThreadStates*)t->block->checks)[t->number]; }
+ThreadState& state_of(const Thread* t) { return (*(ThreadStates*)t->block->checks.get())[t->number]; }
 
 void join(Times& into, const Times& from) {
     for (auto& [block, theirs] : from) {
@@ -120,14 +100,13 @@ void join(Times& into, const Times& from) {
     }
 }
 
-// What these threads of a block, or all of it, did until now.
-void add(Times& times, Thread* const* threads, size_t count, bool all) {
+// What these threads of a block did until now.
+void add(Times& times, const std::vector<Thread*>& threads) {
     const Block* b = threads[0]->block;
     auto& known = times[b->number];
-    auto more = std::make_shared<std::vector<Time>>(b->threads, all ? now : 0);
-    if (known && !all) *more = *known;
-    for (size_t i = 0; i < count; i++) (*more)[threads[i]->number] = now;
-    known = more;
+    std::vector<Time> more = known ? *known : std::vector<Time>(b->threads);
+    for (const Thread* t : threads) more[t->number] = now;
+    known = std::make_shared<std::vector<Time>>(std::move(more));
 }
 
 // Does `r` come before what the current thread does now?
@@ -140,26 +119,28 @@ bool is_before(const Record& r) {
 
 // These threads of a block have met: each knows what any of them knew, and did. Exited ones count as arrived
 // when all that live are here.
-void meet(Thread* const* threads, size_t count) {
+void meet(std::vector<Thread*> threads) {
     const Block* b = threads[0]->block;
-    bool all = count == b->live, fenced = true;
-    std::vector<ThreadState*> states;
-    for (size_t i = 0; i < (all ? b->threads : count); i++)
-        states.push_back(&(*(ThreadStates*)b->checks)[all ? i : threads[i]->number]);
+    if (threads.size() == b->live) {
+        threads.resize(b->threads);
+        for (size_t i = 0; i < b->threads; i++) threads[i] = b->warps->lane0 + i;
+    }
     auto together = std::make_shared<Clock>();
     const Clock* joined = nullptr;
-    for (ThreadState* t : states) {
-        if (t->clock.get() != joined) {
-            join(together->known, t->clock->known);
-            join(together->visible, t->clock->visible);
+    bool fenced = true;
+    for (const Thread* t : threads) {
+        const ThreadState& state = state_of(t);
+        if (state.clock.get() != joined) {
+            join(together->known, state.clock->known);
+            join(together->visible, state.clock->visible);
         }
-        joined = t->clock.get();
-        fenced &= t->fenced;
+        joined = state.clock.get();
+        fenced &= state.fenced;
     }
     now++;
-    add(together->known, threads, count, all);
-    if (fenced) add(together->visible, threads, count, all);
-    for (ThreadState* t : states) t->clock = together;
+    add(together->known, threads);
+    if (fenced) add(together->visible, threads);
+    for (const Thread* t : threads) state_of(t).clock = together;
 }
 
 // What the thread has made visible passes to the atomic variable (a store forgets what others released there,
@@ -206,20 +187,13 @@ Place place_of(uint32_t where) {
 
 const char* verb_of(const Event& e) { return !e.writes ? "reads" : e.reads ? "updates" : "writes"; }
 
-std::string index_text(uint32_t i, Size3 size) {
-    return "(" + std::to_string(i % size.x) + "," + std::to_string(i / size.x % size.y) + "," +
-           std::to_string(i / size.x / size.y) + ")";
-}
-
 std::string other_side(const Record& r, const char* did) {
-    Place place = place_of(r.where);
-    return std::string("\n    ") + did + " by block " + index_text(r.block, current_launch()->grid) +
-           ", thread " + index_text(r.thread, current_launch()->block) + " at " + place.file + ":" +
-           std::to_string(place.line);
+    const Launch& launch = *current_launch();
+    return std::string("\n    ") + did + " by block " + text_of(index_of(r.block, launch.grid)) +
+           ", thread " + text_of(index_of(r.thread, launch.block)) + " at " + text_of(place_of(r.where));
 }
 
-[[noreturn]] void report(const Event& e, const std::string& what, uintptr_t byte,
-                         const std::string& other = "") {
+[[noreturn]] void report(const Event& e, const std::string& what, uintptr_t byte, const std::string& other = "") {
     const void* p = (const void*)byte;
     std::string at = is_shared(byte) ? "byte " + std::to_string(byte - (uintptr_t)current->block->shared)
                      : may_be_device_pointer(p) ? describe(p)
@@ -230,7 +204,7 @@ std::string other_side(const Record& r, const char* did) {
 
 [[noreturn]] void report_race(const Event& e, const Record& r, bool wrote, uintptr_t word) {
     std::string what = !e.writes ? "read-after-write" : wrote ? "write-after-write" : "write-after-read";
-    const char* among = r.block != current->block->number              ? "blocks"
+    const char* among = r.block != current->block->number           ? "blocks"
                         : r.thread / WARP != current->number / WARP ? "warps of a block"
                                                                     : "lanes of a warp";
     report(e, what + " race between " + among, word, other_side(r, wrote ? "written" : "read"));
@@ -315,39 +289,34 @@ namespace check {
 
 void launch_begins(const Launch& launch) {
     const char* image = &__executable_start;            // with its __device__ variables
-    if (!page_of((uintptr_t)image)) make_shadow(image, (size_t)(&_end - image), WRITTEN);
+    if (!page_of((uintptr_t)image)) watch(image, (size_t)(&_end - image), WRITTEN);
     grid_barrier();
     if (options().profile) profile::launch_begins(launch);
 }
 
-void launch_ends() {
-    if (options().profile) profile::launch_ends();
-}
-
 void block_begins(Block* b) {
-    if (!page_of((uintptr_t)b->shared)) make_shadow(b->shared, b->shared_size, OUTSIDE);
-    b->checks = new ThreadStates(b->threads, {std::make_shared<Clock>(), true});
+    if (!page_of((uintptr_t)b->shared)) watch(b->shared, b->shared_size, OUTSIDE);
+    b->checks = std::make_shared<ThreadStates>(b->threads, ThreadState{std::make_shared<Clock>(), true});
 }
 
 void block_ends(Block* b) {
     report_unwritten(b);
-    if (options().profile) profile::block_ends(b);
-    delete (ThreadStates*)b->checks;
-    set_state(b->shared, b->shared_used, OUTSIDE);
+    for (unsigned i = 0; i * WARP < b->threads; i++) profile::warp_meets(b->warps + i);
+    mark(b->shared, b->shared_used, OUTSIDE);
 }
 
 void barrier(Thread* const* threads, size_t count) {
     report_unwritten(threads[0]->block);
-    meet(threads, count);
-    if (options().profile) profile::barrier(threads, count);
+    meet({threads, threads + count});
+    for (size_t i = 0; i < count; i++) profile::warp_meets(threads[i]->warp);
+    profile::count(profile::BARRIERS, 1);
 }
 
 void warp_barrier(Warp* w, unsigned lanes) {
-    if (options().profile) profile::warp_meets(w);
-    Thread* threads[WARP];
-    size_t count = 0;
-    for (; lanes; lanes &= lanes - 1) threads[count++] = w->lane0 + __builtin_ctz(lanes);
-    meet(threads, count);
+    std::vector<Thread*> threads;
+    each_lane(lanes, [&](int lane) { threads.push_back(w->lane0 + lane); });
+    meet(threads);
+    profile::warp_meets(w);
 }
 
 void grid_barrier() {
@@ -361,13 +330,16 @@ void fence() {
     auto clock = std::make_shared<Clock>(*t.clock);
     clock->visible = clock->known;
     now++;
-    add(clock->visible, &current, 1, false);
+    add(clock->visible, {current});
     t = {clock, true};
 }
 
-// Pinned memory may have been written by the host.
-void allocated(const void* p, size_t size, MemoryKind kind) {
-    make_shadow(p, size, kind == DEVICE ? UNWRITTEN : WRITTEN);
+void watch(const void* p, size_t size, State state) {
+    uintptr_t first = (uintptr_t)p / PAGE, count = ((uintptr_t)p + size - 1) / PAGE - first + 1;
+    void* memory = mmap(nullptr, count * sizeof(Page), PROT_READ | PROT_WRITE, ANEW, -1, 0);
+    if (memory == MAP_FAILED) stop({}, "no memory to watch %zu bytes", size);
+    for (uintptr_t i = 0; i < count; i++) pages[first + i] = (Page*)memory + i;
+    mark(p, size, state);
 }
 
 void freed(const void* p, size_t size) {
@@ -376,8 +348,13 @@ void freed(const void* p, size_t size) {
     std::fill_n(pages + first, count, nullptr);
 }
 
-void shared_begins(const void* p, size_t size) { set_state(p, size, UNWRITTEN); }
-void initialised(const void* p, size_t size) { set_state(p, size, WRITTEN); }
+void mark(const void* begin, size_t size, State state) {
+    uintptr_t p = (uintptr_t)begin, end = p + size;
+    for (uintptr_t next; p < end; p = next) {
+        next = std::min(end, (p / PAGE + 1) * PAGE);
+        if (Page* page = page_of(p)) memset(page->state + p % PAGE, state, next - p);
+    }
+}
 
 void host_reads(const void* p, size_t size, const char* what) {
     for (uintptr_t byte = (uintptr_t)p; byte < (uintptr_t)p + size; byte++)
@@ -396,12 +373,13 @@ void copied(const void* to, const void* from, size_t size) {
 void access(const void* p, size_t size, Access kind, Place here) {
     bool atomic = kind == ATOMIC;
     check_access({(uintptr_t)p, size, kind != WRITE, kind != READ, atomic ? STRONG : PLAIN, where_of(here)});
-    if (atomic && options().profile) profile::count_atomic();
+    profile::count(profile::ATOMICS, atomic);
 }
 
 void copy_begins(const void* to, size_t size, Place here) {
     check_access({(uintptr_t)to, size, false, true, PENDING, where_of(here)});
-    if (options().profile) profile::copy(to, size, where_of(here));
+    if (options().profile) profile::access(to, size, true, true, where_of(here));
+    profile::count(profile::COPIED, size);
 }
 
 // The records of the copy under way become those of a write.
@@ -410,10 +388,6 @@ void copy_ends(const void* to, size_t size, Place here) {
         for (Record& r : page_of(word)->cells[word % PAGE / 4].writes)
             if (r.kind == PENDING) r = {now, r.thread, r.mask, PLAIN, where_of(here), r.block};
     state_of(current).fenced = false;
-}
-
-void count_matrix_instruction() {
-    if (options().profile) profile::count_matrix_instruction();
 }
 
 }  // namespace check
@@ -464,7 +438,6 @@ ACCESSES(4)
 ACCESSES(8)
 ACCESSES(16)
 ATOMICS(8, uint8_t)                     // the guard of a static variable in host code
-ATOMICS(16, uint16_t)
 ATOMICS(32, uint32_t)
 ATOMICS(64, uint64_t)
 

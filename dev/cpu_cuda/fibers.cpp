@@ -11,8 +11,6 @@
 #include <sched.h>
 #include <semaphore.h>
 #include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -75,12 +73,8 @@ struct Worker {
 static __thread Worker* worker;
 static Worker* workers();                       // options().threads of them
 
-// ------------------------------------------------------------------------------------------------
-// Options
-
 static Options read_options() {
-    int processors = std::min(16, (int)std::thread::hardware_concurrency());
-    Options o = {processors, FORWARD, 0, false, false, 2, 90, 16384, 60};
+    Options o = {std::min(16, (int)std::thread::hardware_concurrency())};
     const char* variable = getenv("CPU_CUDA");
     std::string words = variable ? variable : "";
     for (char* word = strtok(&words[0], ","); word; word = strtok(nullptr, ",")) {
@@ -116,9 +110,9 @@ std::recursive_mutex& runtime_lock() {
 // ------------------------------------------------------------------------------------------------
 // Reports
 
-static std::string text_of(Place place) { return std::string(place.file) + ":" + std::to_string(place.line); }
+std::string text_of(Place place) { return std::string(place.file) + ":" + std::to_string(place.line); }
 
-static std::string text_of(uint3 i) {
+std::string text_of(uint3 i) {
     return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
 }
 
@@ -126,17 +120,11 @@ static std::string text_of(uint3 i) {
 // what other workers find meanwhile may be its consequence.
 [[noreturn]] static void report(std::string text) {
     static std::atomic<bool> reported;
-    if (reported.exchange(true))
-        for (;;) pause();
-    if (const Launch* launch = current_launch()) {
-        text += std::string("    kernel ") + launch->kernel + ", launched at " + text_of(launch->place);
-        if (current) text += ", block " + text_of(current->block->index);
-        if (current) text += ", thread " + text_of(current->index);
-        text += "\n";
-    }
+    while (reported.exchange(true)) pause();
+    if (worker) text += std::string("\n    kernel ") + launched->kernel + ", launched at " + text_of(launched->place);
+    if (current) text += ", block " + text_of(current->block->index) + ", thread " + text_of(current->index);
     fflush(stdout);
-    fputs(text.c_str(), stderr);
-    fflush(stderr);
+    fprintf(stderr, "cpu_cuda: %s\n", text.c_str());
     _exit(STATUS_REPORT);
 }
 
@@ -146,11 +134,11 @@ void stop(Place here, const char* format, ...) {
     va_start(arguments, format);
     vsnprintf(what, sizeof what, format, arguments);
     va_end(arguments);
-    report(std::string("cpu_cuda: ") + what + "\n" + (here.file ? "    at " + text_of(here) + "\n" : ""));
+    report(what + (here.file ? "\n    at " + text_of(here) : ""));
 }
 
 // A mistake of several threads: who waits where.
-[[noreturn]] static void report_waiting(const std::string& what) {
+[[noreturn]] static void report_waiting(std::string text) {
     const size_t most = 16;                     // lines
     std::map<std::string, std::vector<unsigned>> groups;
     for (const Thread& t : worker->threads) {
@@ -161,11 +149,9 @@ void stop(Place here, const char* format, ...) {
         if (t.mask && !exited) snprintf(mask, sizeof mask, ", mask 0x%08x", t.mask);
         groups[" of block " + text_of(t.block->index) + state + mask].push_back(t.number);
     }
-    std::string text = "cpu_cuda: " + what + "\n";
-    for (auto& [state, threads] : groups) {
-        text += "    " + std::to_string(threads.size()) + " threads from " + std::to_string(threads.front());
-        text += " to " + std::to_string(threads.back()) + state + "\n";
-    }
+    for (auto& [state, threads] : groups)
+        text += "\n    " + std::to_string(threads.size()) + " threads from " + std::to_string(threads.front()) +
+                " to " + std::to_string(threads.back()) + state;
     current = nullptr;
     report(text);
 }
@@ -234,7 +220,7 @@ NO_ADDRESS static void new_fiber(Worker* w, Thread* t) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Which thread runs next
+// Threads: which one runs next, waiting, exiting
 
 // Takes the thread to run next off the ready ones: the warp's next lane, or one of the next warp that has
 // any. Null when all threads have exited.
@@ -257,9 +243,6 @@ static Thread* pick(Worker* w, bool leave_warp) {
     warp->ready &= ~(1u << warp->turn);
     return warp->lane0 + warp->turn;
 }
-
-// ------------------------------------------------------------------------------------------------
-// Threads: running, waiting, exiting
 
 static void enter(Thread* t) {
     current = t;
@@ -425,8 +408,7 @@ static void check_mask(const Thread* t) {
     if (!gone) return;
     unsigned other = (unsigned)__builtin_ctz(gone);
     const char* why = t->number - lane + other < t->block->threads ? "has exited" : "does not exist";
-    stop(t->place, "%s: the mask 0x%08x of lane %u names lane %u, which %s", t->what, t->mask, lane, other,
-         why);
+    stop(t->place, "%s: the mask 0x%08x of lane %u names lane %u, which %s", t->what, t->mask, lane, other, why);
 }
 
 void warp_together(WarpWork work, void* argument, unsigned mask, const char* what, Place here) {
@@ -490,10 +472,12 @@ void shuffle(const void* value, void* result, size_t size, ShuffleKind kind, int
 // ------------------------------------------------------------------------------------------------
 // Shared memory. Every byte starts as 0xFF: a float read before it is written is NaN.
 
-static void open_shared(char* p, size_t size) {
+static char* open_shared(Block* block, const void* tag, char* p, size_t size) {
+    block->variables.push_back({tag, p, size});
+    block->shared_used = (size_t)(p + size - block->shared);
     if (address_sanitizer) __asan_unpoison_memory_region(p, size);
-    memset(p, 0xFF, size);
-    if (checking) check::shared_begins(p, size);
+    if (checking) check::mark(p, size, check::UNWRITTEN);
+    return (char*)memset(p, 0xFF, size);
 }
 
 void* shared_variable(const void* tag, size_t size, size_t alignment) {
@@ -504,14 +488,11 @@ void* shared_variable(const void* tag, size_t size, size_t alignment) {
         if (v.tag == tag) return v.at;
         total += v.size;
     }
-    if (total > STATIC_LIMIT || total + dynamic > SHARED_LIMIT)
-        stop({}, "shared memory: %zu bytes of variables and %zu dynamic are too many", total, dynamic);
+    if (total - dynamic > STATIC_LIMIT || total > SHARED_LIMIT)
+        stop({}, "shared memory: %zu bytes of variables and %zu dynamic are too many", total - dynamic, dynamic);
     alignment = std::max(alignment, (size_t)16);
-    char* at = block->shared + ((block->shared_used + gap + alignment - 1) & ~(alignment - 1));
-    block->shared_used = (size_t)(at + size - block->shared);
-    block->variables.push_back({tag, at, size});
-    open_shared(at, size);
-    return at;
+    size_t offset = (block->shared_used + gap + alignment - 1) & ~(alignment - 1);
+    return open_shared(block, tag, block->shared + offset, size);
 }
 
 void* shared_dynamic() { return in_kernel("an extern __shared__ array", {})->block->shared; }
@@ -526,17 +507,15 @@ uint32_t shared_address(const void* pointer, Place here) {
 void* shared_pointer(uint32_t address, size_t size, Place here) {
     Block* block = in_kernel("a shared address", here)->block;
     char* p = block->shared + address - SHARED_BASE;
-    auto within = [&](char* at, size_t length) { return p >= at && p + size <= at + length; };
-    if (within(block->shared, launched->shared)) return p;
     for (const Block::Variable& v : block->variables)
-        if (within(v.at, v.size)) return p;
+        if (p >= v.at && p + size <= v.at + v.size) return p;
     stop(here, "%zu bytes at the shared address 0x%x: not within shared memory of this block", size, address);
 }
 
 // ------------------------------------------------------------------------------------------------
 // Running a grid
 
-static uint3 index_of(size_t number, Size3 size) {
+uint3 index_of(size_t number, uint3 size) {
     size_t rest = number / size.x;
     return {(unsigned)(number % size.x), (unsigned)(rest % size.y), (unsigned)(rest / size.y)};
 }
@@ -552,9 +531,8 @@ static size_t ordered_block(size_t k) {
 
 // Lays out the records of `resident` blocks.
 static void prepare(Worker* w, size_t resident) {
-    Size3 size = launched->block, grid = launched->grid;
-    block_size = {size.x, size.y, size.z};
-    grid_size = {grid.x, grid.y, grid.z};
+    block_size = launched->block;
+    grid_size = launched->grid;
     if (!memcmp(&w->shape, &block_size, sizeof w->shape) && w->blocks.size() == resident) return;
     w->shape = block_size;
     w->threads.assign(block_threads * resident, Thread());
@@ -564,7 +542,7 @@ static void prepare(Worker* w, size_t resident) {
     for (size_t i = 0; i < w->threads.size(); i++) {
         Thread* t = &w->threads[i];
         t->number = (unsigned)(i % block_threads);
-        t->index = index_of(t->number, size);
+        t->index = index_of(t->number, block_size);
         t->block = &w->blocks[i / block_threads];
         t->warp = &w->warps[i / block_threads * block_warps + t->number / WARP];
         if (t->number % WARP == 0) t->warp->lane0 = t;
@@ -580,7 +558,7 @@ static void begin_block(Worker* w, size_t slot, size_t number) {
     block->warps = &w->warps[slot * block_warps];
     block->shared = w->arenas[slot];
     block->shared_size = ARENA;
-    block->shared_used = launched->shared;
+    block->shared_used = 0;
     block->variables.clear();
     block->copies.clear();
     for (size_t i = 0; i < block_warps; i++) {
@@ -591,7 +569,7 @@ static void begin_block(Worker* w, size_t slot, size_t number) {
     }
     if (address_sanitizer) __asan_poison_memory_region(block->shared, ARENA);
     if (checking) check::block_begins(block);
-    if (launched->shared) open_shared(block->shared, launched->shared);
+    if (launched->shared) open_shared(block, nullptr, block->shared, launched->shared);
 }
 
 // Runs the blocks from `first` on that are resident together, to their end.
@@ -658,7 +636,6 @@ void run_grid(const Launch& launch) {
     for (int i = 1; i < count; i++) sem_post(&w[i].begin);
     run_share(w);
     for (int i = 1; i < count; i++) wait_for(&w[i].end);
-    if (checking) check::launch_ends();
 }
 
 const Launch* current_launch() { return worker ? launched : nullptr; }

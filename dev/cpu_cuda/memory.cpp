@@ -22,7 +22,6 @@
 #include <algorithm>
 #include <atomic>
 #include <map>
-#include <memory>
 #include <set>
 
 extern "C" const Elf64_Ehdr __executable_start;         // the linker's
@@ -35,24 +34,29 @@ namespace {
 typedef std::lock_guard<std::recursive_mutex> Lock;
 
 constexpr size_t PAGE = 4096, HUGE_PAGE = 2 << 20, ALIGNMENT = 256, RESERVED = (size_t)1 << 45;
-constexpr size_t SIGNAL_STACK = 256 << 10;
 constexpr int ANEW = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-constexpr char FRESH = -1;              // every byte of new memory: a NaN
+constexpr char FRESH = -1;                      // every byte of new memory: a NaN
+constexpr uintptr_t CLOSED = ~(uintptr_t)0 << 47;       // the kernel's half of the addresses
 
-struct Region : Allocation {
-    char *zone = nullptr, *zone_end = nullptr;
-    char* pages = nullptr;              // what page protection covers
-    size_t pages_size = 0;
+enum Kind { DEVICE, PINNED };
+
+struct Region {
+    size_t size;
+    Kind kind;
     bool live = true;
+    char *base = nullptr, *zone = nullptr, *zone_end = nullptr;
+    char* pages = nullptr;                      // what page protection covers
+    size_t pages_size = 0;
 
     char* end() const { return base + size; }
     bool holds(const void* p, size_t bytes) const {
         return p >= base && p < end() && bytes <= (size_t)(end() - (const char*)p);
     }
+    void protect(int rights) const { mprotect(pages, pages_size, rights); }
 };
 
 struct Memory {
-    std::map<const char*, std::unique_ptr<Region>> regions;     // by zone_end; freed ones stay, to be known
+    std::map<const char*, Region> regions;      // by zone_end; freed ones stay, to be known
     char* reserved = (char*)mmap(nullptr, RESERVED, PROT_NONE, ANEW, -1, 0);
     char* next = reserved;                      // where the next zone starts
     size_t used = 0;                            // bytes of device memory
@@ -72,7 +76,7 @@ size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * un
 // The allocation, live or freed, in whose zone p is, or null.
 Region* region_near(const void* p) {
     auto found = memory().regions.upper_bound((const char*)p);
-    return found != memory().regions.end() && p >= found->second->zone ? found->second.get() : nullptr;
+    return found != memory().regions.end() && p >= found->second.zone ? &found->second : nullptr;
 }
 
 // The live one that holds [p, p + size), or null.
@@ -81,8 +85,7 @@ Region* live_region(const void* p, size_t size = 1) {
     return region && region->live && region->holds(p, size) ? region : nullptr;
 }
 
-// The kernel's half of the addresses: a host pointer with these bits is closed.
-constexpr uintptr_t CLOSED = ~(uintptr_t)0 << 47;
+bool is_device(const void* p) { return live_region(p) && live_region(p)->kind == DEVICE; }
 
 // Is it data, heap, a stack or the like of the host? A check build watches all but the program's data itself.
 bool is_host_memory(uintptr_t p) {
@@ -93,7 +96,7 @@ bool is_host_memory(uintptr_t p) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Reports: where in the user's source, and what
+// Faults, and where in the user's source they are
 
 bool is_runtime(const std::string& file) {
     static const std::string here = std::string(__FILE__).substr(0, std::string(__FILE__).rfind('/') + 1);
@@ -119,30 +122,28 @@ void on_fault(int, siginfo_t* info, void* context) {
     if (device && inside && region->live) {
         std::lock_guard<std::mutex> hold(memory().lock);
         memory().open.insert(region);
-        mprotect(region->pages, region->pages_size, PROT_READ | PROT_WRITE);
-        return;
+        return region->protect(PROT_READ | PROT_WRITE);
     }
     Place place = line_from((void*)registers[REG_RIP]);
     if (on_guard_page(p)) stop(place, "stack overflow: the local variables need more than a thread's stack");
+    const char* verb = registers[REG_ERR] & 2 ? "writes" : "reads";     // the processor's page fault code
+    uintptr_t host = (uintptr_t)p ^ CLOSED;
+    if (is_host_memory(host)) stop(place, "kernel %s host memory, at 0x%zx", verb, host);
     const char* what = !region         ? "invalid address"
                        : !region->live ? "use after free"
                        : !inside       ? "out of bounds"
                                        : "host code touches device memory";
-    const char* verb = registers[REG_ERR] & 2 ? "writes" : "reads";         // the processor's page fault code
-    uintptr_t host = (uintptr_t)p ^ CLOSED;
-    if (is_host_memory(host)) stop(place, "kernel %s host memory, at 0x%zx", verb, host);
     stop(place, "%s: %s %s %s", what, device ? "kernel" : "host code", verb, describe(p).c_str());
 }
 
 // The handler runs on a stack of its own: a thread's may be what overflowed.
 void catch_faults() {
-    static thread_local bool done = false;
-    if (address_sanitizer || done) return;
-    done = true;
-    stack_t stack = {};
-    stack.ss_size = SIGNAL_STACK;
-    stack.ss_sp = mmap(nullptr, SIGNAL_STACK, PROT_READ | PROT_WRITE, ANEW, -1, 0);
-    sigaltstack(&stack, nullptr);
+    static thread_local char* stack;
+    if (address_sanitizer || stack) return;
+    const size_t size = 256 << 10;
+    stack = (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, ANEW, -1, 0);
+    stack_t other = {stack, 0, size};
+    sigaltstack(&other, nullptr);
     struct sigaction action = {};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
@@ -160,13 +161,13 @@ namespace cpu_cuda {
 Place user_line(void* const* code, int count) {
     char text[1024];
     size_t moved = __executable_start.e_type == ET_DYN ? (size_t)&__executable_start : 0;
-    std::string command = "addr2line -i -e /proc/" + std::to_string(getpid()) + "/exe";
+    std::string command = "addr2line -i -e /proc/" + std::to_string(getpid()) + "/exe 2>/dev/null";
     for (int i = 0; i < count; i++) {
         snprintf(text, sizeof text, " %zx", (size_t)code[i] - moved);
         command += text;
     }
     Place found = {nullptr, 0};
-    FILE* pipe = popen((command + " 2>/dev/null").c_str(), "r");
+    FILE* pipe = popen(command.c_str(), "r");
     while (pipe && !found.file && fgets(text, sizeof text, pipe)) {
         char* colon = strrchr(text, ':');
         int line = colon ? atoi(colon + 1) : 0;         // of code without line numbers: file:?
@@ -193,6 +194,9 @@ std::string describe(const void* p) {
     return text;
 }
 
+// ------------------------------------------------------------------------------------------------
+// What the rest of the runtime asks
+
 DeviceCode::DeviceCode() {
     catch_faults();
     std::lock_guard<std::mutex> hold(memory().lock);
@@ -203,12 +207,11 @@ DeviceCode::~DeviceCode() {
     Memory& m = memory();
     std::lock_guard<std::mutex> hold(m.lock);
     if (--m.device_code > 0) return;
-    for (Region* region : m.open) mprotect(region->pages, region->pages_size, PROT_NONE);
+    for (Region* region : m.open) region->protect(PROT_NONE);
     m.open.clear();
 }
 
-const Allocation* find_allocation(const void* p) { return live_region(p); }
-
+bool is_allocated(const void* p, size_t size) { return live_region(p, size); }
 bool may_be_device_pointer(const void* p) { return region_near(p); }
 
 void use_memory(const void* p, size_t size, bool write, const char* what) {
@@ -216,7 +219,7 @@ void use_memory(const void* p, size_t size, bool write, const char* what) {
     if (!live_region(p, size))
         stop(calling_line(), "out of bounds: %s %s %zu bytes from %s", what, write ? "writes" : "reads", size,
              describe(p).c_str());
-    if (checking && write) check::initialised(p, size);
+    if (checking && write) check::mark(p, size, check::WRITTEN);
     if (checking && !write) check::host_reads(p, size, what);
 }
 
@@ -242,52 +245,52 @@ void check_slack(const Launch& launch) {
 namespace {
 
 // Gives the region its addresses. False when there are none, or no memory behind them.
-bool find_place(Region* region) {
+bool find_place(Region* r) {
     Memory& m = memory();
     if (address_sanitizer) {
-        void* p = nullptr;
-        if (posix_memalign(&p, ALIGNMENT, region->size) != 0) return false;
-        region->base = region->zone = (char*)memset(p, FRESH, region->size);
-        region->zone_end = region->end() + 1;           // a pointer to the end is the region's
+        void* p;
+        if (posix_memalign(&p, ALIGNMENT, r->size) != 0) return false;
+        r->base = r->zone = (char*)memset(p, FRESH, r->size);
+        r->zone_end = r->end() + 1;             // a pointer to the end is the region's
         return true;
     }
     // Opening and closing costs by the page: large memory has only huge ones, at the price of slack in front.
-    size_t body = round_up(region->size, ALIGNMENT), gap = round_up(body, HUGE_PAGE);
-    size_t pages = round_up(body, body > HUGE_PAGE ? HUGE_PAGE : PAGE);
+    size_t body = round_up(r->size, ALIGNMENT), gap = round_up(body, HUGE_PAGE);
     char* end = (char*)round_up((size_t)m.next + HUGE_PAGE + body, HUGE_PAGE);
+    r->pages_size = round_up(body, body > HUGE_PAGE ? HUGE_PAGE : PAGE);
+    r->pages = end - r->pages_size;
     if (end + gap > m.reserved + RESERVED) return false;
-    if (mprotect(end - pages, pages, PROT_READ | PROT_WRITE) != 0) return false;
-    madvise(end - pages, pages, MADV_HUGEPAGE);
-    region->pages = (char*)memset(end - pages, FRESH, pages);
-    region->pages_size = pages;
-    region->base = end - body;
-    region->zone = m.next;
-    region->zone_end = m.next = end + gap;
-    if (region->kind == DEVICE) mprotect(region->pages, pages, PROT_NONE);
+    if (mprotect(r->pages, r->pages_size, PROT_READ | PROT_WRITE) != 0) return false;
+    madvise(r->pages, r->pages_size, MADV_HUGEPAGE);
+    memset(r->pages, FRESH, r->pages_size);
+    r->base = end - body;
+    r->zone = m.next;
+    r->zone_end = m.next = end + gap;
+    if (r->kind == DEVICE) r->protect(PROT_NONE);
     return true;
 }
 
-cudaError_t new_allocation(void** pointer, size_t size, MemoryKind kind) {
+cudaError_t new_allocation(void** pointer, size_t size, Kind kind) {
     Lock lock(runtime_lock());
     Memory& m = memory();
     *pointer = nullptr;
     if (size == 0) return cudaSuccess;
     catch_faults();
-    std::unique_ptr<Region> region(new Region{{nullptr, size, kind}});
+    Region region = {size, kind};
     size_t most = kind == DEVICE ? options().memory - m.used : RESERVED / 4;
-    if (size > most || !find_place(region.get())) return remember(cudaErrorMemoryAllocation);
+    if (size > most || !find_place(&region)) return remember(cudaErrorMemoryAllocation);
     if (kind == DEVICE) m.used += size;
-    if (checking) check::allocated(region->base, size, kind);
-    *pointer = region->base;
-    // malloc gives out addresses again
-    auto old = m.regions.upper_bound(region->base);
-    while (old != m.regions.end() && old->second->base < region->end()) old = m.regions.erase(old);
-    m.regions[region->zone_end] = std::move(region);
+    if (checking)                               // the host may have written pinned memory
+        check::watch(region.base, size, kind == DEVICE ? check::UNWRITTEN : check::WRITTEN);
+    auto old = m.regions.upper_bound(region.base);      // malloc gives out addresses again
+    while (old != m.regions.end() && old->second.base < region.end()) old = m.regions.erase(old);
+    m.regions[region.zone_end] = region;
+    *pointer = region.base;
     return cudaSuccess;
 }
 
 // Waits for all work: what is pending may use the memory.
-cudaError_t free_allocation(void* pointer, MemoryKind kind) {
+cudaError_t free_allocation(void* pointer, Kind kind) {
     Lock lock(runtime_lock());
     if (!pointer) return cudaSuccess;
     cudaDeviceSynchronize();
@@ -304,16 +307,10 @@ cudaError_t free_allocation(void* pointer, MemoryKind kind) {
 // ------------------------------------------------------------------------------------------------
 // Copies
 
-bool is_device(const void* p) {
-    const Region* region = live_region(p);
-    return region && region->kind == DEVICE;
-}
-
 // Is [p, p + size) all of it device memory, or none? Memory that was freed is neither device nor host.
 bool is_side(const void* p, size_t size, bool device) {
     if (!p || is_device(p) != device) return false;
-    if (live_region(p)) return live_region(p, size);
-    return address_sanitizer || !region_near(p);
+    return live_region(p) ? is_allocated(p, size) : address_sanitizer || !region_near(p);
 }
 
 void run_copy(void* to, const void* from, size_t size) {
@@ -321,16 +318,15 @@ void run_copy(void* to, const void* from, size_t size) {
     memcpy(to, from, size);
     if (checking && is_device(to) && live_region(from)) check::copied(to, from, size);
     else if (checking && live_region(from)) check::host_reads(from, size, "cudaMemcpy");
-    else if (checking && live_region(to)) check::initialised(to, size);
+    else if (checking && live_region(to)) check::mark(to, size, check::WRITTEN);
 }
 
 // What a copy waits for, and what waits for it, is as in "API synchronization behavior" of CUDA's manual.
 cudaError_t copy(void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream,
                  bool async) {
     Lock lock(runtime_lock());
-    bool within = kind == cudaMemcpyDeviceToDevice;
-    bool to_device = within || kind == cudaMemcpyHostToDevice;
-    bool from_device = within || kind == cudaMemcpyDeviceToHost;
+    bool to_device = kind == cudaMemcpyDeviceToDevice || kind == cudaMemcpyHostToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToDevice || kind == cudaMemcpyDeviceToHost;
     if (!stream_exists(stream)) return remember(cudaErrorInvalidResourceHandle);
     if (kind > cudaMemcpyDeviceToDevice) return remember(cudaErrorInvalidMemcpyDirection);
     if (size == 0) return cudaSuccess;
@@ -374,8 +370,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyK
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t size, cudaStream_t stream) {
     Lock lock(runtime_lock());
     if (!stream_exists(stream)) return remember(cudaErrorInvalidResourceHandle);
-    if (size == 0) return cudaSuccess;
-    if (!live_region(pointer, size)) return remember(cudaErrorInvalidValue);
+    if (size && !live_region(pointer, size)) return remember(cudaErrorInvalidValue);
     enqueue(stream, [=] {
         DeviceCode device;
         use_memory(pointer, size, true, "cudaMemset");

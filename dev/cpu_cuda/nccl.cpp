@@ -1,9 +1,8 @@
 // nccl.cpp: NCCL between processes of one machine, over a piece of shared memory a communicator, which holds
 // a mailbox from each rank to each, itself too.
 //
-// A call becomes transfers: what its rank puts into mailboxes, chunk by chunk, and takes from mailboxes. All
-// of a group's go side by side, but those of one direction and rank one after the other. Each chunk carries
-// its sender's call as a text, so a rank sees when another called something else.
+// A call becomes chunks to ranks and from ranks, which wait in a queue for each mailbox. Those of a group go
+// side by side. Each carries its sender's call as a text, so a rank sees when another called something else.
 
 #include "include/nccl.h"
 #include "runtime.h"
@@ -23,14 +22,11 @@
 using namespace cpu_cuda;
 
 constexpr int MAX_RANKS = 16, BRIEF_NAPS = 100;
-constexpr size_t CHUNK = 32 << 10, MAX_CALL = 128;
+constexpr size_t CHUNK = 32 << 10, MAX_TEXT = 128;
 
-// ------------------------------------------------------------------------------------------------
-// Shared memory. It begins as zeros.
-
-struct Mailbox {
+struct Mailbox {                        // shared memory begins as zeros
     std::atomic<bool> full;
-    char call[MAX_CALL];                // the sender's
+    char text[MAX_TEXT];                // the sender's call
     alignas(64) char data[CHUNK];
 };
 
@@ -47,34 +43,44 @@ struct ncclComm {
 
 namespace {
 
-// Gives way to other ranks, first briefly, then longer. False: it was the last time.
-bool nap(int& naps) {
-    if (naps < BRIEF_NAPS) sched_yield();
-    else usleep(1000);
-    return ++naps < BRIEF_NAPS + options().timeout * 1000;
-}
-
-// ------------------------------------------------------------------------------------------------
-// Types and their reductions, in the order of the ranks
-
-template <class T>
-void reduce(char* out, const char* const* parts, int ranks, size_t size, ncclRedOp_t op) {
-    typedef std::conditional_t<std::is_integral_v<T>, int64_t, float> Wide;
-    for (size_t i = 0; i < size / sizeof(T); i++) {
-        Wide result = (Wide)((const T*)parts[0])[i];
-        for (int r = 1; r < ranks; r++) {
-            Wide value = (Wide)((const T*)parts[r])[i];
-            result = op == ncclMax ? (Wide)std::fmax(result, value) : result + value;
-        }
-        ((T*)out)[i] = (T)(op == ncclAvg ? result / (Wide)ranks : result);
-    }
-}
-
 struct Type {
     const char* name;
     size_t size;
-    void (*reduce)(char* out, const char* const* parts, int ranks, size_t size, ncclRedOp_t op);
+    void (*reduce)(const struct Call&);
 };
+
+struct Side {                           // what goes out of a rank, or comes in
+    char* at;
+    size_t size, step;                  // bytes of each rank, and from one rank's to the next's
+};
+
+struct Call : NcclCall {
+    const Type* type;
+    Side out, in;
+    char text[MAX_TEXT] = "";
+    std::vector<char> parts = {};       // what is to be reduced, of each rank
+
+    bool reduces() const { return kind == ALL_REDUCE || kind == REDUCE_SCATTER; }
+    size_t ranks() const { return (size_t)comm->ranks; }
+    size_t total(const Side& side) const { return side.size + side.step * (ranks() - 1); }
+};
+
+// ------------------------------------------------------------------------------------------------
+// Reductions, in the order of the ranks
+
+template <class T>
+void reduce(const Call& c) {
+    typedef std::conditional_t<std::is_integral_v<T>, int64_t, float> Wide;
+    const T* part = (const T*)c.parts.data();
+    for (size_t i = 0; i < c.count; i++, part++) {
+        Wide result = (Wide)*part;
+        for (size_t r = 1; r < c.ranks(); r++) {
+            Wide value = (Wide)part[c.count * r];
+            result = c.op == ncclMax ? (Wide)std::fmax(result, value) : result + value;
+        }
+        ((T*)c.in.at)[i] = (T)(c.op == ncclAvg ? result / (Wide)c.ranks() : result);
+    }
+}
 
 const std::map<ncclDataType_t, Type> types = {
     {ncclUint8, {"ncclUint8", 1, reduce<uint8_t>}},
@@ -84,157 +90,150 @@ const std::map<ncclDataType_t, Type> types = {
 };
 
 // ------------------------------------------------------------------------------------------------
-// Transfers
+// Running a group
 
-struct Transfer {
-    ncclComm_t comm;
-    Type type;
-    ncclRedOp_t op;
-    std::string call;
-    Place here;
-    bool put = false;                   // into mailboxes, or taken from mailboxes
-    int first = 0, last = 0;            // the other ends; what comes from several ranks is reduced
-    char* data = nullptr;               // sent from here, or received to here
-    size_t left = 0;                    // bytes to go; even none of them takes one chunk
-    bool begun = false, done = false;
-
-    bool with(int r) const { return first <= r && r <= last; }
-    Mailbox& box(int r) const { return comm->region->mail[put ? comm->rank : r][put ? r : comm->rank]; }
-    bool ready(int r) const { return box(r).full != put; }
+struct Chunk {
+    const Call* call;
+    char* at;
+    size_t size;
 };
 
-void put(const Transfer& t, size_t size) {
-    for (int r = t.first; r <= t.last; r++) {
-        snprintf(t.box(r).call, MAX_CALL, "%s", t.call.c_str());
-        std::copy_n(t.data, size, t.box(r).data);
-    }
-}
+struct Queue {                          // of one mailbox
+    Mailbox& box;
+    bool out;
+    int rank;                           // the other end
+    std::vector<Chunk> chunks = {};
+    size_t next = 0;
 
-void take(const Transfer& t, size_t size) {
-    const char* parts[MAX_RANKS];
-    for (int r = t.first; r <= t.last; r++) {
-        if (t.call != t.box(r).call)
-            stop(t.here, "calls that do not belong together: rank %d in %s, rank %d in %s", t.comm->rank,
-                 t.call.c_str(), r, t.box(r).call);
-        parts[r - t.first] = t.box(r).data;
-    }
-    if (t.first == t.last) std::copy_n(parts[0], size, t.data);
-    else t.type.reduce(t.data, parts, t.comm->ranks, size, t.op);
-}
+    bool done() const { return next == chunks.size() && !(out && box.full); }      // and received
+};
 
-// Moves a chunk between the data and all the mailboxes at once: in place, it is sent before it is received.
-// False: it has to wait.
-bool move(Transfer& t) {
-    for (int r = t.first; r <= t.last; r++)
-        if (!t.ready(r)) return false;
-    if (t.put && t.begun && !t.left) return t.done = true;      // the receivers have all of it
-    size_t size = std::min(CHUNK, t.left);
-    if (t.put) put(t, size);
-    else take(t, size);
-    for (int r = t.first; r <= t.last; r++) t.box(r).full = t.put;
-    t.data += size;
-    t.left -= size;
-    t.begun = true;
-    t.done = !t.put && !t.left;
+// Moves a chunk. False: it has to wait.
+bool step(Queue& q) {
+    if (q.next == q.chunks.size() || q.box.full == q.out) return false;
+    const Chunk& chunk = q.chunks[q.next++];
+    const Call& c = *chunk.call;
+    if (q.out) strcpy(q.box.text, c.text);
+    else if (strcmp(q.box.text, c.text) != 0)
+        stop(c.here, "calls that do not belong together: rank %d in %s, rank %d in %s", c.comm->rank, c.text,
+             q.rank, q.box.text);
+    std::copy_n(q.out ? chunk.at : q.box.data, chunk.size, q.out ? q.box.data : chunk.at);
+    q.box.full = q.out;
     return true;
 }
 
-bool move_any(std::vector<Transfer>& transfers) {
-    bool busy[2][MAX_RANKS] = {}, moved = false;
-    for (Transfer& t : transfers) {
-        bool blocked = t.done;
-        for (int r = t.first; r <= t.last && !t.done; r++) blocked |= std::exchange(busy[t.put][r], true);
-        moved |= !blocked && move(t);
-    }
-    return moved;
-}
-
-// Names a rank that has not sent, else one that has not received.
-[[noreturn]] void give_up(const std::vector<Transfer>& transfers) {
-    auto t = std::find_if(transfers.begin(), transfers.end(), [](auto& t) { return !t.done && !t.put; });
-    if (t == transfers.end())
-        t = std::find_if(transfers.begin(), transfers.end(), [](auto& t) { return !t.done; });
-    int me = t->comm->rank, r = t->first;
-    while (r < t->last && (r == me || t->ready(r))) r++;
-    stop(t->here, "rank %d waits for rank %d in %s (CPU_CUDA=timeout=%d)", me, r, t->call.c_str(),
-         options().timeout);
-}
-
 // Collectives may be in place: what a rank keeps of what it sends is already where it belongs.
-bool clash(const Transfer& a, const Transfer& b) {
-    bool apart = a.data + a.left <= b.data || b.data + b.left <= a.data || !a.left || !b.left;
-    bool in_place = a.data == b.data && a.with(a.comm->rank) && b.with(a.comm->rank);
-    return a.put && !b.put && !apart && !in_place;
+bool clash(const Call& a, const Call& b) {
+    size_t out = a.total(a.out), in = b.total(b.in), me = (size_t)a.comm->rank;
+    bool apart = a.out.at + out <= b.in.at || b.in.at + in <= a.out.at || !out || !in;
+    return !apart && (&a != &b || a.out.at + a.out.step * me != a.in.at + a.in.step * me);
 }
 
-void run(std::vector<Transfer>& transfers) {
-    DeviceCode open;
-    for (const Transfer& t : transfers) {
-        use_memory(t.data, t.left, !t.put, t.call.c_str());
-        for (const Transfer& other : transfers)
-            if (clash(t, other)) stop(t.here, "the buffers of %s overlap, not as in place", t.call.c_str());
+void check_buffers(const std::vector<Call>& calls) {
+    for (const Call& c : calls) {
+        use_memory(c.out.at, c.total(c.out), false, c.text);
+        use_memory(c.in.at, c.total(c.in), true, c.text);
+        for (const Call& other : calls)
+            if (clash(c, other)) stop(c.here, "the buffers of %s overlap, not as in place", c.text);
     }
-    auto done = [](const Transfer& t) { return t.done; };
-    for (int naps = 0; !std::all_of(transfers.begin(), transfers.end(), done);) {
-        if (move_any(transfers)) naps = 0;
-        else if (!nap(naps)) give_up(transfers);
-    }
-}
-
-// ------------------------------------------------------------------------------------------------
-// Calls. Each is a group, or a part of one, which runs at its end.
-
-thread_local std::vector<Transfer> group;
-thread_local cudaStream_t group_stream;
-thread_local int group_depth;
-
-enum Kind { ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, SEND, RECV };
-
-const char* const names[] = {
-    "ncclAllReduce", "ncclReduceScatter", "ncclAllGather", "ncclBroadcast", "ncclSend/Recv", "ncclSend/Recv",
-};
-
-void add(const Transfer& t, bool put, int first, int last, const char* data, size_t size) {
-    group.push_back({t.comm, t.type, t.op, t.call, t.here, put, first, last, (char*)data, size});
 }
 
 // In each collective each rank sends each a chunk or more, so each sees what the others called.
-void add_all(const Transfer& t, Kind kind, const char* send, char* receive, size_t size, int root) {
-    int ranks = t.comm->ranks, all = ranks - 1;
-    bool scatter = kind == REDUCE_SCATTER, reduces = scatter || kind == ALL_REDUCE;
-    if (kind == SEND) return add(t, true, root, root, send, size);
-    if (kind == RECV) return add(t, false, root, root, receive, size);
-    if (!scatter) add(t, true, 0, all, send, kind == BROADCAST && root != t.comm->rank ? 0 : size);
-    for (int r = 0; r < ranks && scatter; r++) add(t, true, r, r, send + size * (size_t)r, size);
-    if (reduces) return add(t, false, 0, all, receive, size);
-    for (int r = 0; r < ranks; r++) {
-        size_t block = kind == ALL_GATHER ? size * (size_t)r : 0;
-        add(t, false, r, r, receive + block, kind == BROADCAST && root != r ? 0 : size);
-    }
+void add_chunks(Queue& q, Call& c) {
+    if (c.kind == (q.out ? RECV : SEND) || (c.kind >= SEND && q.rank != c.root)) return;
+    bool to_parts = !q.out && c.reduces(), nothing = c.kind == BROADCAST && !q.out && q.rank != c.root;
+    if (to_parts) c.parts.resize(c.in.size * c.ranks());
+    Side side = q.out ? c.out : to_parts ? Side{c.parts.data(), c.in.size, c.in.size} : c.in;
+    size_t left = nothing ? 0 : side.size;
+    char* at = side.at + side.step * (size_t)q.rank;
+    for (; left > CHUNK; at += CHUNK, left -= CHUNK) q.chunks.push_back({&c, at, CHUNK});
+    q.chunks.push_back({&c, at, left});
 }
 
-ncclResult_t submit(Kind kind, const void* send, void* receive, size_t count, ncclDataType_t datatype,
-                    ncclRedOp_t op, int root, ncclComm_t comm, cudaStream_t stream, Place here) {
-    auto found = types.find(datatype);
-    bool known = found != types.end() && (op == ncclSum || op == ncclMax || op == ncclAvg);
-    if (!known || !comm || root < 0 || root >= comm->ranks) return ncclInvalidArgument;
-    const Type& type = found->second;
-    bool aligned = ((uintptr_t)send | (uintptr_t)receive) % type.size == 0;
-    if (!aligned || !stream_exists(stream)) return ncclInvalidArgument;
-    if (!group.empty() && (comm != group[0].comm || stream != group_stream)) return ncclInvalidUsage;
-    char call[MAX_CALL];
-    int to = kind == RECV ? comm->rank : root;          // so both sides of a message say the same
-    snprintf(call, sizeof call, "%s(count %zu, %s, op %d, rank %d)", names[kind], count, type.name, op, to);
-    ncclGroupStart();
-    group_stream = stream;
-    add_all({comm, type, op, call, here}, kind, (const char*)send, (char*)receive, count * type.size, root);
-    return ncclGroupEnd();
+// Gives way to other ranks, first briefly, then longer. False: it was the last time.
+bool nap(int& naps) {
+    if (naps < BRIEF_NAPS) sched_yield();
+    else usleep(1000);
+    return ++naps < BRIEF_NAPS + options().timeout * 1000;
 }
+
+[[noreturn]] void give_up(const Queue& late) {
+    const Call& c = *late.chunks[std::min(late.next, late.chunks.size() - 1)].call;
+    stop(c.here, "rank %d waits for rank %d in %s (CPU_CUDA=timeout=%d)", c.comm->rank, late.rank, c.text,
+         options().timeout);
+}
+
+void run(std::vector<Call>& calls) {
+    DeviceCode open;
+    check_buffers(calls);
+    ncclComm_t comm = calls[0].comm;
+    std::vector<Queue> queues;
+    for (int r = 0; r < comm->ranks; r++) queues.push_back({comm->region->mail[comm->rank][r], true, r});
+    for (int r = 0; r < comm->ranks; r++) queues.push_back({comm->region->mail[r][comm->rank], false, r});
+    for (Queue& q : queues)
+        for (Call& c : calls) add_chunks(q, c);
+    for (int naps = 0;;) {
+        const Queue* late = nullptr;            // one that waits to receive, if there is one
+        bool moved = false;
+        for (Queue& q : queues) moved |= step(q);
+        for (const Queue& q : queues) late = q.done() ? late : &q;
+        if (!late) break;
+        if (moved) naps = 0;
+        else if (!nap(naps)) give_up(*late);
+    }
+    for (const Call& c : calls)
+        if (c.reduces()) c.type->reduce(c);
+}
+
+thread_local std::vector<Call> group;
+thread_local int group_depth;
 
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------
-// NCCL's functions
+// NCCL's functions. A call is a group, or a part of one, which runs at its end.
+
+ncclResult_t cpu_cuda::nccl(const NcclCall& c) {
+    static const char* const names[] = {"ncclAllReduce", "ncclReduceScatter", "ncclAllGather",
+                                        "ncclBroadcast", "ncclSend/Recv",     "ncclSend/Recv"};
+    auto found = types.find(c.datatype);
+    bool known = found != types.end() && (c.op == ncclSum || c.op == ncclMax || c.op == ncclAvg);
+    if (!known || !c.comm || c.root < 0 || c.root >= c.comm->ranks) return ncclInvalidArgument;
+    const Type& type = found->second;
+    bool aligned = ((uintptr_t)c.send | (uintptr_t)c.receive) % type.size == 0;
+    if (!aligned || !stream_exists(c.stream)) return ncclInvalidArgument;
+    if (!group.empty() && (c.comm != group[0].comm || c.stream != group[0].stream)) return ncclInvalidUsage;
+    bool sends = c.kind != RECV && (c.kind != BROADCAST || c.root == c.comm->rank);
+    size_t size = c.count * type.size;
+    Side out = {(char*)c.send, sends ? size : 0, c.kind == REDUCE_SCATTER ? size : 0};
+    Side in = {(char*)c.receive, c.kind == SEND ? 0 : size, c.kind == ALL_GATHER ? size : 0};
+    Call call = {c, &type, out, in};
+    int to = c.kind == RECV ? c.comm->rank : c.root;    // so both sides of a message say the same
+    snprintf(call.text, MAX_TEXT, "%s(count %zu, %s, op %d, rank %d)", names[c.kind], c.count, type.name,
+             c.op, to);
+    ncclGroupStart();
+    group.push_back(call);
+    return ncclGroupEnd();
+}
+
+ncclResult_t ncclGroupStart() {
+    group_depth++;
+    return ncclSuccess;
+}
+
+// After the thread's call before it: with several communicators, ranks that force their streams (under
+// `lazy`) in different orders would wait for one another.
+ncclResult_t ncclGroupEnd() {
+    static thread_local cudaEvent_t last_call;
+    if (!group_depth) return ncclInvalidUsage;
+    if (--group_depth || group.empty()) return ncclSuccess;
+    cudaStream_t stream = group[0].stream;
+    if (!last_call) cudaEventCreateWithFlags(&last_call, cudaEventDisableTiming);
+    cudaStreamWaitEvent(stream, last_call);
+    enqueue(stream, [calls = std::exchange(group, {})]() mutable { run(calls); });
+    cudaEventRecord(last_call, stream);
+    return ncclSuccess;
+}
 
 const char* ncclGetErrorString(ncclResult_t result) {
     switch (result) {
@@ -279,52 +278,4 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
     munmap(comm->region, sizeof *comm->region);
     delete comm;
     return ncclSuccess;
-}
-
-ncclResult_t ncclGroupStart() {
-    group_depth++;
-    return ncclSuccess;
-}
-
-// After the thread's call before it: with several communicators, ranks that force their streams (under
-// `lazy`) in different orders would wait for one another.
-ncclResult_t ncclGroupEnd() {
-    static thread_local cudaEvent_t last_call;
-    if (!group_depth) return ncclInvalidUsage;
-    if (--group_depth || group.empty()) return ncclSuccess;
-    if (!last_call) cudaEventCreateWithFlags(&last_call, cudaEventDisableTiming);
-    cudaStreamWaitEvent(group_stream, last_call);
-    enqueue(group_stream, [transfers = std::exchange(group, {})]() mutable { run(transfers); });
-    cudaEventRecord(last_call, group_stream);
-    return ncclSuccess;
-}
-
-ncclResult_t ncclAllReduce(const void* send, void* receive, size_t count, ncclDataType_t type, ncclRedOp_t op,
-                           ncclComm_t comm, cudaStream_t stream, Place here) {
-    return submit(ALL_REDUCE, send, receive, count, type, op, 0, comm, stream, here);
-}
-
-ncclResult_t ncclReduceScatter(const void* send, void* receive, size_t count, ncclDataType_t type,
-                               ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream, Place here) {
-    return submit(REDUCE_SCATTER, send, receive, count, type, op, 0, comm, stream, here);
-}
-
-ncclResult_t ncclAllGather(const void* send, void* receive, size_t count, ncclDataType_t type,
-                           ncclComm_t comm, cudaStream_t stream, Place here) {
-    return submit(ALL_GATHER, send, receive, count, type, ncclSum, 0, comm, stream, here);
-}
-
-ncclResult_t ncclBroadcast(const void* send, void* receive, size_t count, ncclDataType_t type, int root,
-                           ncclComm_t comm, cudaStream_t stream, Place here) {
-    return submit(BROADCAST, send, receive, count, type, ncclSum, root, comm, stream, here);
-}
-
-ncclResult_t ncclSend(const void* send, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
-                      cudaStream_t stream, Place here) {
-    return submit(SEND, send, nullptr, count, type, ncclSum, peer, comm, stream, here);
-}
-
-ncclResult_t ncclRecv(void* receive, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
-                      cudaStream_t stream, Place here) {
-    return submit(RECV, nullptr, receive, count, type, ncclSum, peer, comm, stream, here);
 }

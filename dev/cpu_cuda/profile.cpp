@@ -12,18 +12,14 @@
 #include <map>
 #include <unordered_map>
 
-namespace cpu_cuda {
-namespace profile {
+namespace cpu_cuda::profile {
 namespace {
 
 constexpr uintptr_t PAGE = 4096, SECTOR = 32, BANKS = 32;
+const char* const names[COLUMNS] = {"launches", "read",    "written", "sectors", "passes",
+                                    "barriers", "atomics", "mma",     "cp.async"};
 
-enum Column { LAUNCHES, READ, WRITTEN, SECTORS, PASSES, BARRIERS, ATOMICS, MATRIX, COPIED, COLUMNS };
-const char* const names[] = {"launches", "read",    "written", "sectors", "passes",
-                             "barriers", "atomics", "mma",     "cp.async"};
-
-struct Row {                            // of the table
-    std::string kernel;
+struct Row {                            // of the table: a kernel
     uint64_t count[COLUMNS];
     uint64_t least[COLUMNS];            // that would do; READ, WRITTEN, SECTORS and PASSES have it
 };
@@ -41,21 +37,18 @@ struct Instruction {                    // of a warp, since it met
 
 typedef std::tuple<uint32_t, bool, bool> Key;           // where, is it a write, and shared
 
-std::vector<Row> rows;
+std::map<std::string, Row> rows;
 Row* row;                               // of the kernel that runs
 std::unordered_map<const Warp*, std::map<Key, Instruction>> warps;
 std::unordered_map<uintptr_t, std::bitset<PAGE>> touched[2];            // by page: bytes read, and written
 
-// ------------------------------------------------------------------------------------------------
-// Requests
-
 // Sorted, each once.
 std::vector<uintptr_t> units_of(const Request& r, unsigned lanes, uintptr_t unit) {
     std::vector<uintptr_t> units;
-    for (; lanes; lanes &= lanes - 1) {
-        uintptr_t first = r.address[__builtin_ctz(lanes)];
-        for (uintptr_t u = first / unit; u <= (first + r.size - 1) / unit; u++) units.push_back(u);
-    }
+    each_lane(lanes, [&](int lane) {
+        uintptr_t first = r.address[lane] / unit, last = (r.address[lane] + r.size - 1) / unit;
+        for (uintptr_t u = first; u <= last; u++) units.push_back(u);
+    });
     std::sort(units.begin(), units.end());
     units.erase(std::unique(units.begin(), units.end()), units.end());
     return units;
@@ -72,11 +65,10 @@ void count_shared(const Request& r) {
     unsigned lanes_a_phase = r.size <= 4 ? 32 : r.size <= 8 ? 16 : 8;
     for (unsigned first = 0; first < WARP; first += lanes_a_phase) {
         unsigned lanes = (unsigned)(r.lanes & (((1ull << lanes_a_phase) - 1) << first));
-        if (!lanes) continue;
         unsigned words[BANKS] = {}, most = 0;
         for (uintptr_t word : units_of(r, lanes, 4)) most = std::max(most, ++words[word % BANKS]);
         row->count[PASSES] += most;
-        row->least[PASSES]++;
+        row->least[PASSES] += lanes != 0;
     }
 }
 
@@ -85,8 +77,8 @@ void print_table() {
     fprintf(stderr, "Bytes of global memory asked/distinct, sectors of 32 bytes and passes of shared memory "
                     "asked/fewest:\n%-24s", "kernel");
     for (const char* name : names) fprintf(stderr, " %16s", name);
-    for (const Row& r : rows) {
-        fprintf(stderr, "\n%-24s", r.kernel.c_str());
+    for (const auto& [kernel, r] : rows) {
+        fprintf(stderr, "\n%-24s", kernel.c_str());
         for (int i = 0; i < COLUMNS; i++) {
             std::string text = std::to_string(r.count[i]);
             if (i >= READ && i <= PASSES) text += "/" + std::to_string(r.least[i]);
@@ -98,41 +90,25 @@ void print_table() {
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------
-// Hooks
-
 void launch_begins(const Launch& launch) {
     if (rows.empty()) atexit(print_table);
-    auto same = [&](const Row& r) { return r.kernel == launch.kernel; };
-    auto found = std::find_if(rows.begin(), rows.end(), same);
-    if (found == rows.end()) found = rows.insert(found, Row{launch.kernel, {}, {}});
-    row = &*found;
-    row->count[LAUNCHES]++;
+    row = &rows[launch.kernel];
+    for (auto& pages : touched) pages.clear();
+    count(LAUNCHES, 1);
 }
 
-void launch_ends() {
-    for (int write = 0; write < 2; write++) {
-        for (auto& [page, bytes] : touched[write]) row->least[READ + write] += bytes.count();
-        touched[write].clear();
-    }
+void count(Column column, uint64_t n) {
+    if (row) row->count[column] += n;
 }
 
-void warp_meets(Warp* warp) {
-    for (auto& [key, instruction] : warps[warp]) {
+void warp_meets(const Warp* warp) {
+    auto found = warps.find(warp);
+    if (found == warps.end()) return;
+    for (auto& [key, instruction] : found->second) {
         auto [where, write, shared] = key;
         for (const Request& r : instruction.requests) shared ? count_shared(r) : count_global(r, write);
     }
-    warps.erase(warp);
-}
-
-void block_ends(Block* block) {
-    for (unsigned i = 0; i * WARP < block->threads; i++) warp_meets(block->warps + i);
-}
-
-void barrier(Thread* const* threads, size_t count) {
-    row->count[BARRIERS]++;
-    for (size_t i = 0; i < count; i++)
-        if (i == 0 || threads[i]->warp != threads[i - 1]->warp) warp_meets(threads[i]->warp);
+    warps.erase(found);
 }
 
 // At most 16 bytes are one lane's instruction.
@@ -147,17 +123,11 @@ void access(const void* p, size_t size, bool write, bool shared, uint32_t where)
         r.size = std::max(r.size, (uint32_t)std::min(end - address, (uintptr_t)16));
         r.address[lane] = address;
     }
-    for (uintptr_t byte = (uintptr_t)p; !shared && byte < (uintptr_t)p + size; byte++)
-        touched[write][byte / PAGE][byte % PAGE] = true;
+    for (uintptr_t byte = (uintptr_t)p; !shared && byte < (uintptr_t)p + size; byte++) {
+        auto bit = touched[write][byte / PAGE][byte % PAGE];
+        row->least[READ + write] += !bit;
+        bit = true;
+    }
 }
 
-void copy(const void* to, size_t size, uint32_t where) {
-    row->count[COPIED] += size;
-    access(to, size, true, true, where);
-}
-
-void count_atomic() { row->count[ATOMICS]++; }
-void count_matrix_instruction() { row->count[MATRIX]++; }
-
-}  // namespace profile
-}  // namespace cpu_cuda
+}  // namespace cpu_cuda::profile

@@ -34,7 +34,7 @@ static void multiply_fragments(void** arguments, unsigned) {
     for (int lane = 0; lane < WARP; lane++)
         for (int i = 0; i < 4; i++)
             *((Product*)arguments[lane])->d[i] = C[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
-    if (checking) check::count_matrix_instruction();
+    if (checking) profile::count(profile::MATRIX, 1);
 }
 
 void multiply(Place here, Product part) { warp_together(multiply_fragments, &part, ~0u, "mma.sync", here); }
@@ -90,9 +90,7 @@ void cp_async_ca_shared_global(Place here, uint32_t to, const void* from, int si
     if (to % size || (uintptr_t)from % size)
         stop(here, "cp.async: the %s is not a multiple of %d", to % size ? "destination" : "source", size);
     void* destination = shared_pointer(to, size, here);
-    const Allocation* source = find_allocation(from);
-    ptrdiff_t room = source ? source->base + source->size - (const char*)from : 0;
-    if (bytes > room && may_be_device_pointer(from))
+    if (bytes && !is_allocated(from, bytes) && may_be_device_pointer(from))
         stop(here, "out of bounds: cp.async reads %u bytes from %s", bytes, describe(from).c_str());
     if (bytes && checking) check::access(from, bytes, check::READ, here);
     if (bytes) (void)*(const volatile char*)from;       // a fault is reported here, not at the wait

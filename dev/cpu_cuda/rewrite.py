@@ -7,10 +7,10 @@
 import re
 
 STRING = r'"(?:\\.|[^"\\\n])*"'
-CHARACTER = r"'(?:\\.|[^'\\\n]){1,4}'"
-LITERAL = re.compile(STRING + '|' + CHARACTER)
-CONSTRUCT = re.compile(STRING + '|' + CHARACTER + r'|<<\s*<(?!=)|\b__shared__\b|\basm\b')
+LITERAL = re.compile(STRING + r"|'(?:\\.|[^'\\\n]){1,4}'")
+CONSTRUCT = re.compile(LITERAL.pattern + r'|<<\s*<(?!=)|\b__shared__\b|\basm\b')
 OPENING, CLOSING = '([{', ')]}'
+HERE = '{__builtin_FILE(), __builtin_LINE()}'
 
 
 class Unreadable(Exception):
@@ -33,12 +33,12 @@ def pieces(text, start=0):
 def end_of(text, start, pattern):
     """The match of pattern at or after start that lies outside brackets and literals."""
     for i, _, depth in pieces(text, start):
-        match = pattern.match(text, i) if depth == 0 else None
-        if match or depth < 0:
+        match = re.compile(pattern).match(text, i) if depth == 0 else None
+        if match:
+            return match
+        if depth < 0:
             break
-    if match:
-        return match
-    raise Unreadable(start, 'found no %s before the brackets close' % pattern.pattern)
+    raise Unreadable(start, 'found no %s before the brackets close' % pattern)
 
 
 def split(text, separator, angles=False):
@@ -60,90 +60,60 @@ def quoted(text):
 # ------------------------------------------------------------------------------------------------
 # kernel<<<grid, block, shared, stream>>>(arguments)
 
-def opening_of(text, end, opening, closing):
-    """Where the bracket that closes just before `end` was opened. Angles inside parentheses are comparisons."""
-    depth = inside = 0
-    for i in range(end - 1, -1, -1):
-        if opening == '<':
-            inside += (text[i] in CLOSING) - (text[i] in OPENING)
-        if inside == 0:
-            depth += (text[i] == closing) - (text[i] == opening)
-        if depth == 0:
-            return i
-    raise Unreadable(end, 'found no %s that opens the kernel\'s name' % opening)
-
-
 def kernel_start(text, end):
-    """Where the expression that names the kernel, ending at `end`, begins."""
-    i = len(text[:end].rstrip())
-    if text[i - 1] == ')':
-        return opening_of(text, i, '(', ')')
-    if text[i - 1] == '>':
-        i = len(text[:opening_of(text, i, '<', '>')].rstrip())
-    return re.search(r'[\w:]*$', text[:i]).start()
+    """Where the expression that names the kernel, ending at `end`, begins. Angles inside brackets are comparisons."""
+    inside = angles = 0
+    for i in range(len(text[:end].rstrip()) - 1, -1, -1):
+        inside += (text[i] in CLOSING) - (text[i] in OPENING)
+        if inside == 0:
+            angles += (text[i] == '>') - (text[i] == '<')
+        if inside == angles == 0 and text[i] == '(':
+            return i
+        if inside < 0 or (inside == angles == 0 and not re.match(r'[\w:<]', text[i])):
+            return i + 1
+    return 0
 
 
-ANGLES_CLOSE = re.compile(r'>>\s*>\s*\(')
-PARENTHESIS_CLOSES = re.compile(r'\)')
-LAUNCH = ('::cpu_cuda::launch({name}, {{__builtin_FILE(), __builtin_LINE()}}, ::cpu_cuda::Shape({shape}), '
-          '[=](auto&... cpu_cuda_x) {{ {kernel}(cpu_cuda_x...); }}{comma}{arguments})')
+LAUNCH = '::cpu_cuda::launch(%s, %s, ::cpu_cuda::Shape(%s), [=](auto&... cpu_cuda_x) { %s(cpu_cuda_x...); }%s)'
 
 
 def rewrite_launch(text, match):
     begin = kernel_start(text, match.start())
     kernel = text[begin:match.start()].strip()
-    close = end_of(text, match.end(), ANGLES_CLOSE)
-    shape = text[match.end():close.start()]
-    end = end_of(text, close.end(), PARENTHESIS_CLOSES)
+    close = end_of(text, match.end(), r'>>\s*>\s*\(')
+    end = end_of(text, close.end(), r'\)')
     arguments = re.sub(r'\b__null\b', 'nullptr', text[close.end():end.start()])
-    call = LAUNCH.format(name=quoted(kernel), shape=shape, kernel=kernel,
-                         comma=', ' if arguments.strip() else '', arguments=arguments)
-    return begin, end.end(), call
+    return begin, end.end(), LAUNCH % (quoted(kernel), HERE, text[match.end():close.start()], kernel,
+                                       ', ' + arguments if arguments.strip() else '')
 
 
 # ------------------------------------------------------------------------------------------------
 # __shared__ declarations
 
-SEMICOLON = re.compile(';')
-DECLARATOR = re.compile(r'^((?:\*\s*)*)([A-Za-z_]\w*)\s*((?:\[.*\]\s*)*)$', re.S)
-LAST_NAME = re.compile(r'([A-Za-z_]\w*)\s*((?:\[[^\]]*\]\s*)*)$')
-ALIGNMENT = re.compile(r'\balignas\s*\(((?:[^()]|\([^()]*\))*)\)')
-
-
-def declare_shared(kind, pointer, name, dimensions, external, number):
-    """One variable. The typedef lets T (&x)[4][C] be written for any T."""
-    type_name = 'cpu_cuda_shared_%d' % number
-    if external:
-        dimensions = re.sub(r'^\[\s*\]', '', dimensions)
-        return 'typedef %s %s%s%s; %s* %s = (%s*)::cpu_cuda::shared_dynamic();' % (
-            kind, pointer, type_name, dimensions, type_name, name, type_name)
-    return ('typedef %s %s%s%s; static const char %s_tag = 0; %s& %s = *(%s*)'
-            '::cpu_cuda::shared_variable(&%s_tag, sizeof(%s), alignof(%s));') % (
-        kind, pointer, type_name, dimensions, type_name, type_name, name, type_name,
-        type_name, type_name, type_name)
+NAME = re.compile(r'(\w+)\s*(?:\[.*\]\s*)?$', re.S)
+# The members of a class tell the variables' types and alignments; each variable lives by itself.
+STATIC = 'static const char {0}_tag = 0; {1}& {0} = *({1}*)::cpu_cuda::shared_variable(&{0}_tag, sizeof({1}), {2});'
+DYNAMIC = '{1}* {0} = ({1}*)::cpu_cuda::shared_dynamic();'
 
 
 def rewrite_shared(text, match):
-    before = re.search(r'\b(extern|static)\s+$', text[max(0, match.start() - 20):match.start()])
-    begin = match.start() - (len(before.group(0)) if before else 0)
-    end = end_of(text, match.end(), SEMICOLON)
-    # alignas may not stand in a typedef
-    declaration = ALIGNMENT.sub(r'__attribute__((aligned(\1)))', text[match.end():end.start()])
+    before = re.compile(r'\b(extern|static)\s+$').search(text, max(0, match.start() - 20), match.start())
+    begin = before.start() if before else match.start()
     external = bool(before) and before.group(1) == 'extern'
-    if re.match(r'\s*extern\b', declaration):
-        declaration, external = re.sub(r'^\s*extern\b', '', declaration), True
-    first, *others = split(declaration, ',', angles=True)
-    name = LAST_NAME.search(first)
-    if not name or '=' in declaration:
+    end = end_of(text, match.end(), ';')
+    declaration = text[match.end():end.start()].strip()
+    names = [NAME.search(declarator) for declarator in split(declaration, ',', angles=True)]
+    if not all(names) or '=' in declaration:
         raise Unreadable(begin, '__shared__ variables are declared one by name, without a value')
-    kind = re.sub(r'[\s*]+$', '', first[:name.start()])
-    variables = []
-    for number, declarator in enumerate([first[len(kind):]] + others):
-        parts = DECLARATOR.match(declarator.strip())
-        if not parts:
-            raise Unreadable(begin, 'cannot read the declarator %s' % declarator.strip())
-        variables.append(declare_shared(kind, *parts.groups(), external, match.start() + number))
-    return begin, end.end(), ' '.join(variables)
+    if external:
+        declaration = re.sub(r'\[\s*\]', '', declaration)
+    members = 'cpu_cuda_shared_%d' % match.start()
+    code = ['struct %s { %s; };' % (members, declaration)]
+    for name in (name.group(1) for name in names):
+        member = '%s::%s' % (members, name)
+        code.append((DYNAMIC if external else STATIC).format(
+            name, 'decltype(%s)' % member, '__alignof__(%s)' % member))
+    return begin, end.end(), ' '.join(code)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -155,15 +125,14 @@ OPERAND = re.compile(r'%(\d+)|(?<![\w.%])(\d+)(?![\w.])')
 
 def operands_of(section):
     """The C++ expressions of `"+f"(d[0]), "r"(a)`."""
-    parts = [part for part in split(section, ',') if part]
-    return [re.sub(r'^' + STRING + r'\s*', '', part) for part in parts]
+    return [re.sub(r'^' + STRING + r'\s*', '', part) for part in split(section, ',') if part]
 
 
 def rewrite_asm(text, match):
     opening = ASM.match(text, match.start())
     if not opening:
         return match.start(), match.end(), match.group(0)
-    end = end_of(text, opening.end(), PARENTHESIS_CLOSES)
+    end = end_of(text, opening.end(), r'\)')
     # `::` is an empty section; a scope's :: stands inside an operand's parentheses
     template, *sections = split(text[opening.end():end.start()], ':')
     expressions = [e for section in sections[:2] for e in operands_of(section)]
@@ -174,9 +143,8 @@ def rewrite_asm(text, match):
         if not re.match(r'[a-z][\w.:]*$', mnemonic):
             raise Unreadable(match.start(), 'asm: found %s, expected an instruction and its operands' % instruction)
         named = [expressions[int(n)] if n else literal for n, literal in OPERAND.findall(rest)]
-        calls.append('::cpu_cuda::ptx::%s(%s)' % (
-            re.sub(r'::|\.', '_', mnemonic),
-            ', '.join(['{__builtin_FILE(), __builtin_LINE()}'] + named)))
+        name = re.sub(r'::|\.', '_', mnemonic)
+        calls.append('::cpu_cuda::ptx::%s(%s)' % (name, ', '.join([HERE] + named)))
     return match.start(), end.end(), '(' + ', '.join(calls) + ')'
 
 

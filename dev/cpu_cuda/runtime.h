@@ -11,6 +11,7 @@
 #include "include/cuda_runtime.h"
 
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -32,21 +33,18 @@ constexpr bool address_sanitizer = true;
 constexpr bool address_sanitizer = false;
 #endif
 
-// ------------------------------------------------------------------------------------------------
 // Options: CPU_CUDA=order=random:7,lazy,threads=1. A word it does not know ends the program with status 2.
-
 enum Order { FORWARD, REVERSE, RANDOM };
-
 struct Options {
-    int threads;            // threads=N        worker threads; 1 in a check build    (processors, at most 16)
-    Order order;            // order=forward | reverse | random:SEED: of blocks, warps and threads  (forward)
-    unsigned seed;
-    bool lazy;              // lazy             work waits in its stream until something forces it
-    bool profile;           // profile          prints the table at the end (check build)
-    int sms;                // sms=N            multiprocessors that cudaGetDeviceProperties shows  (2)
-    int capability;         // cc=80            compute capability                                  (90)
-    size_t memory;          // memory=MB        size of the device's memory                         (16384)
-    int timeout;            // timeout=SECONDS  that a rank of a communicator waits for the others  (60)
+    int threads;                // threads=N        worker threads; 1 in a check build  (processors, at most 16)
+    Order order = FORWARD;      // order=forward | reverse | random:SEED: of blocks, warps and threads
+    unsigned seed = 0;
+    bool lazy = false;          // lazy             work waits in its stream until something forces it
+    bool profile = false;       // profile          prints the table at the end (check build)
+    int sms = 2;                // sms=N            multiprocessors that cudaGetDeviceProperties shows
+    int capability = 90;        // cc=80            compute capability
+    size_t memory = 16384;      // memory=MB        size of the device's memory; in bytes once it is read
+    int timeout = 60;           // timeout=SECONDS  that a rank of a communicator waits for the others
 };
 const Options& options();
 
@@ -86,14 +84,14 @@ struct Barrier {
 
 struct Block {
     uint3 index;
-    unsigned long long number;          // index as one number, x fastest
+    size_t number;                      // index as one number, x fastest
     unsigned threads, live;
     char* shared;                       // its shared memory: dynamic first, then the variables
     size_t shared_size, shared_used;
     Warp* warps;
-    void* checks;                       // check.cpp's own
+    std::shared_ptr<void> checks;       // check.cpp's own
     struct Variable { const void* tag; char* at; size_t size; };
-    std::vector<Variable> variables;
+    std::vector<Variable> variables;    // the first is the dynamic array
     std::vector<ThreadCopies> copies;   // by thread; empty until one of them copies
     Barrier barriers[16];               // 0: __syncthreads
 };
@@ -119,22 +117,15 @@ void run_grid(const Launch& launch);    // now, to its end
 const Launch* current_launch();         // of this worker, or null
 bool on_fiber_stack(const void* p);     // of any fiber of this worker
 bool on_guard_page(const void* p);      // below such a stack: a fault there is a stack overflow
+uint3 index_of(size_t number, uint3 size);
+std::string text_of(uint3 index);
+std::string text_of(Place place);
 // How many such blocks a multiprocessor holds, by the limits of 9.0 or 8.0.
 int blocks_per_multiprocessor(int threads, size_t shared);
 
 // ------------------------------------------------------------------------------------------------
 // Memory. Device memory is closed to host code by page protection: an access in a kernel opens it (a fault,
 // once an allocation and launch), and it closes when the outermost DeviceCode ends.
-
-enum MemoryKind { DEVICE, PINNED };
-
-struct Allocation {
-    char* base;
-    size_t size;
-    MemoryKind kind;
-};
-
-const Allocation* find_allocation(const void* p);       // the live one that holds p, or null
 
 struct DeviceCode {                     // while one lives, this code may touch device memory
     DeviceCode();
@@ -143,6 +134,7 @@ struct DeviceCode {                     // while one lives, this code may touch 
 
 // A copy or a library reads or writes [p, p + size): stops if that leaves its allocation; tells the checks.
 void use_memory(const void* p, size_t size, bool write, const char* what);
+bool is_allocated(const void* p, size_t size);  // all of it, in one live allocation
 bool may_be_device_pointer(const void* p);      // where such memory lives or lived, or at its end
 void check_slack(const Launch& launch);         // did it write between the allocations that it touched?
 // Each of these words that points into host memory becomes an address at which every access faults, which is
@@ -167,39 +159,34 @@ cudaError_t remember(cudaError_t error);        // as cudaGetLastError's, and re
 namespace check {
 
 enum Access { READ, WRITE, ATOMIC };
+enum State : uint8_t { OUTSIDE, UNWRITTEN, WRITTEN };                   // of a byte
 
-void launch_begins(const Launch& launch);       // allows its argument copy
-void launch_ends();
+void launch_begins(const Launch& launch);
 void block_begins(Block* block);
 void block_ends(Block* block);
-void barrier(Thread* const* threads, size_t count);     // what they did comes before what they do next
+void barrier(Thread* const* threads, size_t count);                     // what they did is before what they do
 void warp_barrier(Warp* warp, unsigned lanes);
-void grid_barrier();                            // all threads of all blocks have met
-void fence();                                   // __threadfence of the current thread
-void allocated(const void* p, size_t size, MemoryKind kind);
+void grid_barrier();                                                    // all threads of all blocks have met
+void fence();                                                           // __threadfence
+void watch(const void* p, size_t size, State state);                    // from now on, until it is freed
 void freed(const void* p, size_t size);
-void shared_begins(const void* p, size_t size);         // fresh: bytes nobody wrote
-void initialised(const void* p, size_t size);           // written by the host or a library
-void host_reads(const void* p, size_t size, const char* what);          // must be initialised
+void mark(const void* p, size_t size, State state);
+void host_reads(const void* p, size_t size, const char* what);          // must be written
 void copied(const void* to, const void* from, size_t size);             // what nobody wrote stays so
 void access(const void* p, size_t size, Access kind, Place here);       // through the runtime
 void copy_begins(const void* to, size_t size, Place here);              // cp.async: `to` may not be touched
 void copy_ends(const void* to, size_t size, Place here);                // its wait: written now
-void count_matrix_instruction();
 
 }  // namespace check
 
-namespace profile {                     // called by check.cpp when options().profile
+namespace profile {                     // check.cpp calls it when options().profile
+
+enum Column { LAUNCHES, READ, WRITTEN, SECTORS, PASSES, BARRIERS, ATOMICS, MATRIX, COPIED, COLUMNS };
 
 void launch_begins(const Launch& launch);
-void launch_ends();
-void block_ends(Block* block);
-void barrier(Thread* const* threads, size_t count);
-void warp_meets(Warp* warp);
+void warp_meets(const Warp* warp);
 void access(const void* p, size_t size, bool write, bool shared, uint32_t where);       // a plain one
-void copy(const void* to, size_t size, uint32_t where);                 // cp.async
-void count_atomic();
-void count_matrix_instruction();
+void count(Column column, uint64_t n);                                  // if it profiles
 
 }  // namespace profile
 }  // namespace cpu_cuda

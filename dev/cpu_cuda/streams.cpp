@@ -9,43 +9,39 @@
 #include <algorithm>
 #include <map>
 #include <memory>
-#include <set>
 
-// The objects outlive their destruction: no later handle equals theirs, and work may wait in a stream.
+typedef std::shared_ptr<struct Operation> Work;
+
 struct CUstream_st {
     bool blocking;                      // waits for the default stream, and that for it
-    bool exists = true;
 };
 
 struct CUevent_st {
-    bool exists = true;
-    std::shared_ptr<struct Operation> recorded;         // the end of this one
+    Work recorded;                      // the end of this one
 };
-
-using namespace cpu_cuda;
-
-typedef std::shared_ptr<struct Operation> Work;
 
 struct Operation {
     std::function<void()> work;
     CUstream_st* stream;
     Work also;                          // comes before this one, as what is before it in the stream does
-    bool needed = false;                // by what is being forced
-    bool done = false;
+    bool needed = false, done = false;  // needed by what is being forced
 };
+
+using namespace cpu_cuda;
 
 namespace {
 
 typedef std::lock_guard<std::recursive_mutex> Lock;
 
 constexpr int DEVICES = 8, LEAST_PRIORITY = 0, GREATEST_PRIORITY = -5;
-constexpr int MAX_THREADS = 1024, MAX_BLOCK_Z = 64, MAX_GRID_X = 2147483647, MAX_GRID_YZ = 65535;
+constexpr unsigned MAX_THREADS = 1024;
+constexpr uint3 MAX_BLOCK = {1024, 1024, 64}, MAX_GRID = {2147483647, 65535, 65535};
 constexpr size_t SHARED_DEFAULT = 48 << 10;
 
 struct Streams {
     CUstream_st legacy = {true};        // the default stream
-    std::set<CUstream_st*> all;
-    std::set<CUevent_st*> events;
+    // Streams and events: do they exist? Destroyed, one stays: its work may wait, its handle is not used again.
+    std::map<const void*, bool> exist;
     std::vector<Work> pending;          // in the order of enqueue()
     unsigned random = options().seed * 2654435761u + 1;
     std::map<std::string, size_t> shared_allowed;       // by kernel: its cudaFuncSetAttribute
@@ -59,15 +55,27 @@ Streams& streams() {
 
 thread_local cudaError_t last_error = cudaSuccess;
 
-CUstream_st* find(cudaStream_t stream) {
+bool exists(const void* handle) {
     Lock lock(runtime_lock());
-    if (!stream) return &streams().legacy;
-    return streams().all.count(stream) && stream->exists ? stream : nullptr;
+    return streams().exist[handle];
 }
 
-bool is_event(cudaEvent_t event) {
+CUstream_st* find(cudaStream_t stream) {
+    return !stream ? &streams().legacy : exists(stream) ? stream : nullptr;
+}
+
+template <class T>
+cudaError_t create(T** handle, const T& value, unsigned flags, unsigned known_flags) {
     Lock lock(runtime_lock());
-    return streams().events.count(event) && event->exists;
+    if (!handle || flags & ~known_flags) return remember(cudaErrorInvalidValue);
+    streams().exist[*handle = new T(value)] = true;
+    return cudaSuccess;
+}
+
+cudaError_t destroy(const void* handle) {
+    Lock lock(runtime_lock());
+    bool existed = std::exchange(streams().exist[handle], false);
+    return existed ? cudaSuccess : remember(cudaErrorInvalidResourceHandle);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -143,23 +151,22 @@ static std::string name_of(const char* kernel) {
     return name.substr(name.find_last_of(":(&* ") + 1);         // npos + 1 is 0
 }
 
-static bool shape_is_valid(Size3 grid, Size3 block) {
-    if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z) return false;
-    if (block.x > MAX_THREADS || block.y > MAX_THREADS || block.z > MAX_BLOCK_Z) return false;
-    if (block.x * block.y * block.z > MAX_THREADS) return false;
-    return grid.x <= MAX_GRID_X && grid.y <= MAX_GRID_YZ && grid.z <= MAX_GRID_YZ;
+static bool within(uint3 size, uint3 most) {
+    return size.x && size.y && size.z && size.x <= most.x && size.y <= most.y && size.z <= most.z;
 }
 
 static cudaError_t error_of(const Launch& launch) {
+    const dim3 &grid = launch.grid, &block = launch.block;
+    unsigned threads = block.x * block.y * block.z;
     size_t allowed = std::max(SHARED_DEFAULT, streams().shared_allowed[name_of(launch.kernel)]);
+    bool valid = within(block, MAX_BLOCK) && threads <= MAX_THREADS && within(grid, MAX_GRID);
     if (!find(launch.stream)) return cudaErrorInvalidResourceHandle;
-    if (!shape_is_valid(launch.grid, launch.block)) return cudaErrorInvalidConfiguration;
+    if (!valid) return cudaErrorInvalidConfiguration;
     if (launch.shared > allowed) return cudaErrorInvalidValue;
     if (!launch.cooperative) return cudaSuccess;
-    int threads = (int)(launch.block.x * launch.block.y * launch.block.z);
-    int resident = blocks_per_multiprocessor(threads, launch.shared) * options().sms;
-    unsigned long long blocks = (unsigned long long)launch.grid.x * launch.grid.y * launch.grid.z;
-    return blocks > (unsigned)resident ? cudaErrorCooperativeLaunchTooLarge : cudaSuccess;
+    int resident = blocks_per_multiprocessor((int)threads, launch.shared) * options().sms;
+    bool fits = (size_t)grid.x * grid.y * grid.z <= (size_t)resident;
+    return fits ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge;
 }
 
 int submit(Launch launch) {
@@ -187,7 +194,7 @@ cudaError_t allow_shared(const char* kernel, cudaFuncAttribute attribute, int va
 
 cudaError_t occupancy(int* blocks, int threads, size_t shared) {
     if (!blocks || threads <= 0) return remember(cudaErrorInvalidValue);
-    bool fits = threads <= MAX_THREADS && shared <= shared_optin();
+    bool fits = threads <= (int)MAX_THREADS && shared <= shared_optin();
     *blocks = fits ? blocks_per_multiprocessor(threads, shared) : 0;
     return cudaSuccess;
 }
@@ -268,25 +275,17 @@ cudaError_t cudaDeviceSynchronize() {
 // Streams. A priority is accepted and changes nothing, as a GPU may do too.
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
-    Lock lock(runtime_lock());
-    if (!stream || flags & ~(unsigned)cudaStreamNonBlocking) return remember(cudaErrorInvalidValue);
-    *stream = new CUstream_st{flags != cudaStreamNonBlocking};
-    streams().all.insert(*stream);
-    return cudaSuccess;
+    return create(stream, {flags != cudaStreamNonBlocking}, flags, cudaStreamNonBlocking);
 }
-
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
     return cudaStreamCreateWithPriority(stream, flags, 0);
 }
 
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, 0); }
+
 // As CUDA has it, work that waits in the stream still runs some time.
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    if (!stream || !find(stream)) return remember(cudaErrorInvalidResourceHandle);
-    stream->exists = false;
-    return cudaSuccess;
-}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) { return destroy(stream); }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     if (!find(stream)) return remember(cudaErrorInvalidResourceHandle);
@@ -295,7 +294,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-    if (!find(stream) || !is_event(event)) return remember(cudaErrorInvalidResourceHandle);
+    if (!find(stream) || !exists(event)) return remember(cudaErrorInvalidResourceHandle);
     if (flags != 0) return remember(cudaErrorInvalidValue);
     if (event->recorded) add(find(stream), [] {}, event->recorded);
     return cudaSuccess;
@@ -305,29 +304,20 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 // Events
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
-    Lock lock(runtime_lock());
-    if (!event || flags & ~(unsigned)cudaEventDisableTiming) return remember(cudaErrorInvalidValue);
-    *event = new CUevent_st;
-    streams().events.insert(*event);
-    return cudaSuccess;
+    return create(event, {}, flags, cudaEventDisableTiming);
 }
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
-
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    if (!is_event(event)) return remember(cudaErrorInvalidResourceHandle);
-    event->exists = false;
-    return cudaSuccess;
-}
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return destroy(event); }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-    if (!find(stream) || !is_event(event)) return remember(cudaErrorInvalidResourceHandle);
+    if (!find(stream) || !exists(event)) return remember(cudaErrorInvalidResourceHandle);
     event->recorded = add(find(stream), [] {});
     return cudaSuccess;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    if (!is_event(event)) return remember(cudaErrorInvalidResourceHandle);
+    if (!exists(event)) return remember(cudaErrorInvalidResourceHandle);
     if (event->recorded) wait_for(event->recorded);
     return cudaSuccess;
 }

@@ -121,10 +121,5 @@ inline float2 __bfloat1622float2(const __nv_bfloat162 a) { return make_float2(a.
 inline float __low2float(const __nv_bfloat162 a) { return a.x; }
 inline float __high2float(const __nv_bfloat162 a) { return a.y; }
 
-// ------------------------------------------------------------------------------------------------
-// __ldg and its like, as device.h has them for other types
-
-template <>
-struct cpu_cuda::Loadable<__nv_bfloat16> : std::true_type {};
-template <>
-struct cpu_cuda::Loadable<__nv_bfloat162> : std::true_type {};
+CPU_CUDA_STREAMED(__nv_bfloat16)
+CPU_CUDA_STREAMED(__nv_bfloat162)

@@ -91,7 +91,7 @@ END
 # every enumerator of our headers, so that none is forgotten
 for header in cublasLt.h nccl.h; do
     [ -f "$toolkit/include/$header" ] || continue
-    sed -n 's/^    \([A-Za-z0-9_]*\) = .*/    VALUE(\1);/p' "$here/include/$header"
+    grep -oE '[A-Za-z0-9_]+ = [0-9]' "$here/include/$header" | sed 's/ = .*/);/; s/^/    VALUE(/'
 done > "$folder/names.h"
 # the functions' types are compared, none is called: they may stay undefined
 build() {

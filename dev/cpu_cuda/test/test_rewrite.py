@@ -39,9 +39,9 @@ REFUSED = ['k<<<1, 2>>>(3', '__shared__ int x = 3;', 'asm("@p bra done;");', 'k<
 
 
 def variables(declaration):
-    """(declared type, name) of each variable that the rewritten declaration makes."""
+    """The class's members, and the variables that the rewritten declaration makes."""
     text = rewrite.rewrite(declaration)
-    return re.findall(r'typedef ([^;]*?)cpu_cuda_shared_\d+([^;]*);.*?cpu_cuda_shared_\d+[&*] (\w+) = ', text)
+    return re.findall(r'^struct cpu_cuda_shared_\d+ { (.*?); };', text) + re.findall(r'[&*] (\w+) = ', text)
 
 
 def attempt(function, text):
@@ -56,9 +56,10 @@ def main():
     cases += [(rewrite.rewrite, text, result) for text, result in {**LAUNCHES, **ASM}.items()]
     cases += [(rewrite.rewrite, text, 'refused') for text in REFUSED]
     cases += [
-        (variables, '__shared__ float x[4][C];', [('float ', '[4][C]', 'x')]),
-        (variables, 'static __shared__ A<B, 2> a, *b[3];', [('A<B, 2> ', '', 'a'), ('A<B, 2> *', '[3]', 'b')]),
-        (variables, 'extern __shared__ __align__(16) char s[];', [('__align__(16) char ', '', 's')]),
+        (variables, '__shared__ float x[4][C];', ['float x[4][C]', 'x']),
+        (variables, 'static __shared__ A<B, 2> a, *b[3];', ['A<B, 2> a, *b[3]', 'a', 'b']),
+        (variables, 'extern __shared__ __align__(16) char s[];', ['__align__(16) char s', 's']),
+        (variables, 'extern __shared__ float s[][4];', ['float s[4]', 's']),
         (lambda text: rewrite.rewrite(text).count('\n'), 'k\n<<<1,\n 2>>>(\n3\n);\n__shared__ int\nx;', 6),
         (lambda text: rewrite.place(text, text.index('!')), '# 7 "a.cu"\nx\n! y', 'a.cu:8'),
     ]

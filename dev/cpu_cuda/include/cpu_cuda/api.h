@@ -123,8 +123,7 @@ cudaError_t launch_cooperative(const char* name, Place here, void (*kernel)(P...
     typedef BoundKernel<void (*)(P...), std::decay_t<P>...> Bound;
     int i = 0;
     Bound bound = {kernel, {*(std::decay_t<P>*)arguments[i++]...}};
-    return (cudaError_t)submit({{g.x, g.y, g.z}, {b.x, b.y, b.z}, shared, stream, name, here, true,
-                                Bound::run, &bound, sizeof bound});
+    return (cudaError_t)submit({{g, b, shared, stream}, name, here, true, Bound::run, &bound, sizeof bound});
 }
 
 template <class T>

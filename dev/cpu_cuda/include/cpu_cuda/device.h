@@ -8,60 +8,14 @@
 #include "engine.h"
 
 // ------------------------------------------------------------------------------------------------
-// Keywords. <<<>>>, __shared__ and asm are rewritten after preprocessing.
+// Keywords (<<<>>>, __shared__ and asm are rewritten after preprocessing), variables, vector types
 
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
-#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __forceinline__ inline __attribute__((always_inline))
-
-// ------------------------------------------------------------------------------------------------
-// Vector types
-
-namespace cpu_cuda {
-
-// The types that __ldg and its like read in one instruction.
-template <class T>
-struct Loadable : std::bool_constant<std::is_arithmetic<T>::value && !std::is_same<T, bool>::value> {};
-
-}  // namespace cpu_cuda
-
-#define CPU_CUDA_VECTORS(T, NAME)                                                       \
-    struct alignas(2 * sizeof(T)) NAME##2 {                                             \
-        T x, y;                                                                         \
-    };                                                                                  \
-    struct NAME##3 {                                                                    \
-        T x, y, z;                                                                      \
-    };                                                                                  \
-    struct alignas(4 * sizeof(T)) NAME##4 {                        \
-        T x, y, z, w;                                                                   \
-    };                                                                                  \
-    inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                          \
-    inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; }                  \
-    inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }          \
-    template <>                                                                         \
-    struct cpu_cuda::Loadable<NAME##2> : std::true_type {};                             \
-    template <>                                                                         \
-    struct cpu_cuda::Loadable<NAME##4> : std::true_type {};
-
-CPU_CUDA_VECTORS(signed char, char)
-CPU_CUDA_VECTORS(unsigned char, uchar)
-CPU_CUDA_VECTORS(short, short)
-CPU_CUDA_VECTORS(unsigned short, ushort)
-CPU_CUDA_VECTORS(int, int)
-CPU_CUDA_VECTORS(unsigned, uint)
-CPU_CUDA_VECTORS(float, float)
-
-struct dim3 {
-    unsigned x, y, z;
-    constexpr dim3(unsigned vx = 1, unsigned vy = 1, unsigned vz = 1) : x(vx), y(vy), z(vz) {}
-    constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
-    constexpr operator uint3() const { return {x, y, z}; }
-};
 
 // Set at every switch between threads, which a kernel does not notice: constant, as in CUDA. (thread_local
 // would cost a call at each use, in case there is something to construct.)
@@ -71,18 +25,24 @@ extern __thread const dim3 blockDim __asm__("cpu_cuda_blockDim");
 extern __thread const dim3 gridDim __asm__("cpu_cuda_gridDim");
 extern const int warpSize;
 
+#define CPU_CUDA_VECTORS(T, NAME)                                                               \
+    struct alignas(2 * sizeof(T)) NAME##2 { T x, y; };                                          \
+    struct alignas(4 * sizeof(T)) NAME##4 { T x, y, z, w; };                                    \
+    inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                                  \
+    inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+
+CPU_CUDA_VECTORS(signed char, char)
+CPU_CUDA_VECTORS(int, int)
+CPU_CUDA_VECTORS(unsigned, uint)
+CPU_CUDA_VECTORS(float, float)
+struct float3 {
+    float x, y, z;
+};
+
 // ------------------------------------------------------------------------------------------------
 // Launching, and what the intrinsics below are made of
 
 namespace cpu_cuda {
-
-struct Shape {
-    dim3 grid, block;
-    size_t shared;
-    cudaStream_t stream;
-    Shape(dim3 g, dim3 b, size_t bytes = 0, cudaStream_t s = nullptr)
-        : grid(g), block(b), shared(bytes), stream(s) {}
-};
 
 template <class Kernel, class... Values>
 struct BoundKernel {
@@ -97,9 +57,7 @@ template <class Kernel, class... Arguments>
 void launch(const char* name, Place place, Shape shape, Kernel kernel, Arguments&&... arguments) {
     typedef BoundKernel<Kernel, std::decay_t<Arguments>...> Bound;
     Bound bound = {kernel, {std::forward<Arguments>(arguments)...}};
-    const dim3 &g = shape.grid, &b = shape.block;
-    submit({{g.x, g.y, g.z}, {b.x, b.y, b.z}, shape.shared, shape.stream, name, place, false, Bound::run,
-            &bound, sizeof bound});
+    submit({shape, name, place, false, Bound::run, &bound, sizeof bound});
 }
 
 template <class T>
@@ -160,25 +118,33 @@ T atomic_update(T* p, Update update, Place here) {
 }  // namespace cpu_cuda
 
 // ------------------------------------------------------------------------------------------------
-// Synchronisation
+// Synchronisation, votes
 
 inline void __syncthreads(CPU_CUDA_HERE) { cpu_cuda::block_barrier(0, "__syncthreads", here); }
-inline int __syncthreads_or(int predicate, CPU_CUDA_HERE) {
-    return cpu_cuda::block_barrier(predicate, "__syncthreads_or", here) != 0;
-}
-inline int __syncthreads_and(int predicate, CPU_CUDA_HERE) {
-    return cpu_cuda::block_barrier(!predicate, "__syncthreads_and", here) == 0;
-}
-inline int __syncthreads_count(int predicate, CPU_CUDA_HERE) {
-    return cpu_cuda::block_barrier(predicate, "__syncthreads_count", here);
-}
 inline void __syncwarp(unsigned mask = 0xffffffff, CPU_CUDA_HERE) { cpu_cuda::warp_barrier(mask, here); }
 inline void __nanosleep(unsigned, CPU_CUDA_HERE) { cpu_cuda::spin_wait(here); }
 inline void __threadfence() { cpu_cuda::fence(); }
-inline void __threadfence_block() { cpu_cuda::fence(); }
+
+#define CPU_CUDA_BLOCK_VOTE(NAME, COUNTED, RESULT)                              \
+    inline int NAME(int predicate, CPU_CUDA_HERE) {                             \
+        int count = cpu_cuda::block_barrier(COUNTED, #NAME, here);              \
+        return RESULT;                                                          \
+    }
+CPU_CUDA_BLOCK_VOTE(__syncthreads_or, predicate, count != 0)
+CPU_CUDA_BLOCK_VOTE(__syncthreads_and, !predicate, count == 0)
+CPU_CUDA_BLOCK_VOTE(__syncthreads_count, predicate, count)
+
+#define CPU_CUDA_VOTE(NAME, T, RESULT)                                          \
+    inline T NAME(unsigned mask, int predicate, CPU_CUDA_HERE) {                \
+        unsigned lanes = cpu_cuda::ballot(mask, predicate, #NAME, here);        \
+        return RESULT;                                                          \
+    }
+CPU_CUDA_VOTE(__ballot_sync, unsigned, lanes)
+CPU_CUDA_VOTE(__any_sync, int, lanes != 0)
+CPU_CUDA_VOTE(__all_sync, int, lanes == mask)
 
 // ------------------------------------------------------------------------------------------------
-// Shuffles
+// Shuffles and reductions
 
 #define CPU_CUDA_SHUFFLE(NAME, KIND, OPERAND, T)                                                        \
     inline T NAME(unsigned mask, T value, OPERAND operand, int width = 32, CPU_CUDA_HERE) {             \
@@ -189,7 +155,6 @@ inline void __threadfence_block() { cpu_cuda::fence(); }
     CPU_CUDA_SHUFFLE(__shfl_up_sync, SHUFFLE_UP, unsigned, T)       \
     CPU_CUDA_SHUFFLE(__shfl_down_sync, SHUFFLE_DOWN, unsigned, T)   \
     CPU_CUDA_SHUFFLE(__shfl_xor_sync, SHUFFLE_XOR, int, T)
-
 CPU_CUDA_SHUFFLES(int)
 CPU_CUDA_SHUFFLES(unsigned)
 CPU_CUDA_SHUFFLES(long long)
@@ -197,24 +162,10 @@ CPU_CUDA_SHUFFLES(unsigned long long)
 CPU_CUDA_SHUFFLES(float)
 CPU_CUDA_SHUFFLES(double)
 
-// ------------------------------------------------------------------------------------------------
-// Votes and reductions
-
-inline unsigned __ballot_sync(unsigned mask, int predicate, CPU_CUDA_HERE) {
-    return cpu_cuda::ballot(mask, predicate, "__ballot_sync", here);
-}
-inline int __any_sync(unsigned mask, int predicate, CPU_CUDA_HERE) {
-    return cpu_cuda::ballot(mask, predicate, "__any_sync", here) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, CPU_CUDA_HERE) {
-    return cpu_cuda::ballot(mask, predicate, "__all_sync", here) == mask;
-}
-
 #define CPU_CUDA_REDUCE(NAME, T, RESULT)                                                                \
     inline T NAME(unsigned mask, T value, CPU_CUDA_HERE) {                                              \
         return cpu_cuda::reduced(mask, value, [](T a, T b) { return (T)(RESULT); }, #NAME, here);       \
     }
-
 CPU_CUDA_REDUCE(__reduce_add_sync, unsigned, a + b)
 CPU_CUDA_REDUCE(__reduce_add_sync, int, (unsigned)a + (unsigned)b)
 CPU_CUDA_REDUCE(__reduce_min_sync, unsigned, a < b ? a : b)
@@ -242,7 +193,6 @@ CPU_CUDA_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
     inline T atomicCAS(T* p, T compare, T value, CPU_CUDA_HERE) {                                           \
         return cpu_cuda::atomic_update(p, [=](T old) { return old == compare ? value : old; }, here);       \
     }
-
 CPU_CUDA_ATOMICS(int)
 CPU_CUDA_ATOMICS(unsigned)
 CPU_CUDA_ATOMICS(unsigned long long)
@@ -251,41 +201,29 @@ CPU_CUDA_ATOMIC(atomicAdd, unsigned, old + value)
 CPU_CUDA_ATOMIC(atomicAdd, unsigned long long, old + value)
 CPU_CUDA_ATOMIC(atomicAdd, float, old + value)
 CPU_CUDA_ATOMIC(atomicAdd, double, old + value)
-CPU_CUDA_ATOMIC(atomicSub, int, (unsigned)old - (unsigned)value)
 CPU_CUDA_ATOMIC(atomicSub, unsigned, old - value)
 CPU_CUDA_ATOMIC(atomicInc, unsigned, old >= value ? 0 : old + 1)
 
 // ------------------------------------------------------------------------------------------------
-// Memory
+// Memory, bits and numbers. What <math.h> has is its; the approximations of CUDA are as exact here.
 
-#define CPU_CUDA_LOAD(NAME)                                                                             \
-    template <class T>                                                                                  \
-    inline std::enable_if_t<cpu_cuda::Loadable<T>::value, T> NAME(const T* p) {                         \
-        return *p;                                                                                      \
-    }
-
-CPU_CUDA_LOAD(__ldg)
-CPU_CUDA_LOAD(__ldcs)
-
-template <class T>
-inline std::enable_if_t<cpu_cuda::Loadable<T>::value> __stcs(T* p, std::common_type_t<T> value) {
-    *p = value;
-}
+#define CPU_CUDA_STREAMED(T)                            \
+    inline T __ldcs(const T* p) { return *p; }          \
+    inline void __stcs(T* p, T value) { *p = value; }
+CPU_CUDA_STREAMED(float)
+CPU_CUDA_STREAMED(float2)
+CPU_CUDA_STREAMED(float4)
 
 inline size_t __cvta_generic_to_shared(const void* pointer, CPU_CUDA_HERE) {
     return cpu_cuda::shared_address(pointer, here);
 }
 
-// ------------------------------------------------------------------------------------------------
-// Bits and numbers. What <math.h> has is its; the approximations of CUDA are as exact here.
-
-#define CPU_CUDA_SAME_BITS(NAME, TO, FROM)                                          \
-    inline TO NAME(FROM from) {                                                     \
-        TO to;                                                                      \
-        memcpy(&to, &from, sizeof to);                                              \
-        return to;                                                                  \
+#define CPU_CUDA_SAME_BITS(NAME, TO, FROM)              \
+    inline TO NAME(FROM from) {                         \
+        TO to;                                          \
+        memcpy(&to, &from, sizeof to);                  \
+        return to;                                      \
     }
-
 CPU_CUDA_SAME_BITS(__float_as_int, int, float)
 CPU_CUDA_SAME_BITS(__float_as_uint, unsigned, float)
 CPU_CUDA_SAME_BITS(__int_as_float, float, int)
@@ -303,16 +241,10 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
     CPU_CUDA_MIN_MAX(unsigned T, unsigned T, unsigned T)                            \
     CPU_CUDA_MIN_MAX(T, unsigned T, unsigned T)                                     \
     CPU_CUDA_MIN_MAX(unsigned T, T, unsigned T)
-
 CPU_CUDA_INTEGERS(int)
 CPU_CUDA_INTEGERS(long)
-CPU_CUDA_INTEGERS(long long)
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
-inline double min(double a, double b) { return fmin(a, b); }
-inline double max(double a, double b) { return fmax(a, b); }
 
 inline float rsqrtf(float x) { return (float)(1 / sqrt((double)x)); }
 inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __fdividef(float a, float b) { return a / b; }

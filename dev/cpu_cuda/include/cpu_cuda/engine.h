@@ -13,8 +13,16 @@
 #include <type_traits>
 #include <utility>
 
-struct CUstream_st;
 typedef struct CUstream_st* cudaStream_t;
+
+struct uint3 {
+    unsigned x, y, z;
+};
+
+struct dim3 : uint3 {
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : uint3{x, y, z} {}
+    constexpr dim3(uint3 v) : uint3(v) {}
+};
 
 namespace cpu_cuda {
 
@@ -54,34 +62,34 @@ void warp_barrier(unsigned mask, Place here);       // __syncwarp: the only warp
 // ------------------------------------------------------------------------------------------------
 // A block and a grid
 
-// Returns how many threads' predicate holds.
-int block_barrier(int predicate, const char* what, Place here);
-void named_barrier(int id, int threads, Place here);        // bar.sync id, threads
-void grid_barrier(Place here);                              // of a cooperative launch
-void spin_wait(Place here);                                 // __nanosleep: lets the other threads run
-void fence();                                               // __threadfence
+int block_barrier(int predicate, const char* what, Place here);     // returns how many predicates hold
+void named_barrier(int id, int threads, Place here);                // bar.sync id, threads
+void grid_barrier(Place here);                                      // of a cooperative launch
+void spin_wait(Place here);                                         // __nanosleep: lets other threads run
+void fence();                                                       // __threadfence
+void atomic_access(const void* pointer, size_t size, Place here);   // an atomic operation comes next
 
 // The one copy a block has of a __shared__ variable: `tag` names the declaration.
 void* shared_variable(const void* tag, size_t size, size_t alignment);
-void* shared_dynamic();                                     // extern __shared__
+void* shared_dynamic();                                             // extern __shared__
 // A shared address as PTX has it (32 bits), and back. Both report what is not shared memory of this block.
 uint32_t shared_address(const void* pointer, Place here);
 void* shared_pointer(uint32_t address, size_t size, Place here);
-void atomic_access(const void* pointer, size_t size, Place here);   // an atomic operation comes next
 
 // ------------------------------------------------------------------------------------------------
 // Launching: `kernel<<<grid, block, shared, stream>>>(a, b)` is rewritten to
 //     cpu_cuda::launch("kernel", {file, line}, cpu_cuda::Shape(grid, block, shared, stream),
 //                      [=](auto&... x) { kernel(x...); }, a, b)
 
-struct Size3 {
-    unsigned x, y, z;
-};
-
-struct Launch {
-    Size3 grid, block;
+struct Shape {
+    dim3 grid, block;
     size_t shared;                      // bytes of dynamic shared memory
     cudaStream_t stream;
+    Shape(dim3 g, dim3 b, size_t bytes = 0, cudaStream_t s = nullptr)
+        : grid(g), block(b), shared(bytes), stream(s) {}
+};
+
+struct Launch : Shape {
     const char* kernel;                 // as written
     Place place;
     bool cooperative;
