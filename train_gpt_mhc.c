@@ -445,10 +445,12 @@ static void model_layout_stages(Model* m, const Config* c, const Stage* stages, 
     m->moment_size = m->size;
 }
 
+#ifdef TESTING
 static void model_layout(Model* m, const Config* c) {
     Stage whole = whole_model(c);
     model_layout_stages(m, c, &whole, 1);
 }
+#endif
 
 static void model_close(Model* m) {
     free(m->tensors);
@@ -1722,9 +1724,9 @@ typedef struct {                // a stage that is here
     Wire **x, **dy; // by micro-batch: the state that came in, kept for the backward pass; the gradient
     int x_used, dy_used, y_leaving, dx_leaving;     // wires in use as what; x and dy at most:
     int x_most, dy_most;
-} Chunk;
+} Part;
 
-enum { MAX_CHUNKS = 2, WIRES_LEAVING = 2, WIRES_AHEAD = 1 };    // of each kind and chunk
+enum { MAX_PARTS = 2, WIRES_LEAVING = 2, WIRES_AHEAD = 1 };    // of each kind and part
 static_assert(WIRES_LEAVING >= 2,
               "with one send under way a link deadlocks: long messages end when received");
 
@@ -1736,9 +1738,9 @@ typedef struct {
     Schedule schedule;
     int stage_count, *first_block;              // [stage_count + 1]
     ActionList training;
-    Chunk chunks[MAX_CHUNKS];
+    Part parts[MAX_PARTS];
     Wire* wires;
-    int chunk_count, wire_count;
+    int part_count, wire_count;
     // of the pass that runs
     Schedule pass;
     ActionList list;
@@ -1819,13 +1821,13 @@ static void machine_read(Run* run, Numbers what, const Tensor* t, size_t first, 
 static void machine_write(Run* run, Numbers what, const Tensor* t, size_t first, size_t count,
                           const real* numbers);
 static void machine_zero_gradients(Run* run);
-// Micro-batch `micro` through a chunk, from x (or run's tokens) to y (or, while validating, to
+// Micro-batch `micro` through a part, from x (or run's tokens) to y (or, while validating, to
 // run->loss_sum).
-static void machine_forward(Run* run, Chunk* c, int micro, Wire* x, Wire* y);
-// Back, in place in dy; NULL: the chunk is the whole model. With defer the gradients of F's matrices wait.
-static void machine_backward(Run* run, Chunk* c, int micro, Wire* dy, bool defer);
-static void machine_backward_weights(Run* run, Chunk* c, int micro);
-static bool machine_recompute(Run* run, Chunk* c, int micro);   // ahead of its gradient; false: nothing to do
+static void machine_forward(Run* run, Part* c, int micro, Wire* x, Wire* y);
+// Back, in place in dy; NULL: the part is the whole model. With defer the gradients of F's matrices wait.
+static void machine_backward(Run* run, Part* c, int micro, Wire* dy, bool defer);
+static void machine_backward_weights(Run* run, Part* c, int micro);
+static bool machine_recompute(Run* run, Part* c, int micro);   // ahead of its gradient; false: nothing to do
 static void machine_wire_arrived(Run* run, Wire* w);            // its message is there
 static bool machine_wire_left(Run* run, Wire* w);               // asked until its message can be sent
 static void machine_idle(Run* run); // between passes: all that was asked for is done
@@ -1836,7 +1838,7 @@ static void machine_update(Run* run, double lr, double norm);
 static const Tensor* machine_nonfinite(Run* run, bool gradients);       // the first such tensor here, or NULL
 // Coefficients (rows, n*n + 2n) of sublayer k on the host, after a forward pass of one micro-batch; streams
 // (2L + 1)
-static const real* machine_coefficients(Run* run, const Chunk* c, int k);
+static const real* machine_coefficients(Run* run, const Part* c, int k);
 static void machine_watch_streams(Run* run, StreamStats* streams);      // from now on, if not NULL
 // logits (V) on the host after `length` tokens, of which the first `known` were there at the last call
 static void machine_logits(Run* run, const int32_t* tokens, int length, int known, real* logits);
@@ -1848,7 +1850,7 @@ static size_t wire_bytes(const Run* run) {      // of the data, for the micro-ba
 }
 
 #ifndef GPU_TRAINER
-static void layout_chunk(Run* run, Arena* arena, Chunk* c) {
+static void layout_part(Run* run, Arena* arena, Part* c) {
     if (!c->slot) c->slot = (Activations*)allocate((size_t)c->slots, sizeof(Activations));
     for (int i = 0; i < c->slots; i++) {
         Activations *a = &c->slot[i], own = *a;
@@ -1874,13 +1876,13 @@ static void machine_layout(Run* run, Arena* arena, int block) {
     int B = (int)run->o.batch, T = run->c.T;
     model_memory(&run->model, arena, run->training);
     if (p->stage_count == 1) {
-        p->chunks[0].slot = &run->acts;
+        p->parts[0].slot = &run->acts;
         activations_layout(&run->acts, arena, &run->c, B, T, block, run->training);
     } else {
         run->acts.stage.embeds = false;
         run->acts.stage.heads = holds_head(&run->model);
         activations_layout_scratch(&run->acts, arena, &run->c, B, T, block, run->training);
-        for (int i = 0; i < p->chunk_count; i++) layout_chunk(run, arena, &p->chunks[i]);
+        for (int i = 0; i < p->part_count; i++) layout_part(run, arena, &p->parts[i]);
         layout_wires(run, arena);
     }
     if (p->P == 1) activations_layout(&run->infer, arena, &run->c, 1, T, 1, false);
@@ -1909,8 +1911,8 @@ static void machine_update(Run* run, double lr, double norm) {
 }
 
 static void machine_close(Run* run) {
-    for (int i = 0; i < run->pipe.chunk_count && run->pipe.stage_count > 1; i++) {
-        Chunk* c = &run->pipe.chunks[i];
+    for (int i = 0; i < run->pipe.part_count && run->pipe.stage_count > 1; i++) {
+        Part* c = &run->pipe.parts[i];
         for (int slot = 0; c->slot && slot < c->slots; slot++) activations_close(&c->slot[slot]);
         free(c->slot);
     }
@@ -1943,9 +1945,9 @@ static void machine_write(Run* run, Numbers what, const Tensor* t, size_t first,
     memcpy(numbers_at(run, what, t, first), numbers, sizeof(real) * count);
 }
 
-static Activations* slot_of(const Chunk* c, int micro) { return &c->slot[micro % c->slots]; }
+static Activations* slot_of(const Part* c, int micro) { return &c->slot[micro % c->slots]; }
 
-static void machine_forward(Run* run, Chunk* c, int micro, Wire* x, Wire* y) {
+static void machine_forward(Run* run, Part* c, int micro, Wire* x, Wire* y) {
     Activations* a = slot_of(c, micro);
     int B = run->pipe.B, T = run->c.T, rows = B * T;
     const int32_t *tokens = run->tokens, *targets = run->targets;
@@ -1963,7 +1965,7 @@ static void machine_forward(Run* run, Chunk* c, int micro, Wire* x, Wire* y) {
     run->loss_sum += mean_loss(a, run->loaded * T) * run->loaded;
 }
 
-static void machine_backward(Run* run, Chunk* c, int micro, Wire* dy, bool defer) {
+static void machine_backward(Run* run, Part* c, int micro, Wire* dy, bool defer) {
     Activations* a = slot_of(c, micro);
     int B = run->pipe.B, T = run->c.T;
     double sequences = (double)B * (double)run->o.micro_batches * run->pipe.D;
@@ -1975,11 +1977,11 @@ static void machine_backward(Run* run, Chunk* c, int micro, Wire* dy, bool defer
     model_backward(&run->model, a, a->tokens, B, T, defer);
 }
 
-static void machine_backward_weights(Run* run, Chunk* c, int micro) {
+static void machine_backward_weights(Run* run, Part* c, int micro) {
     model_backward_weights(&run->model, slot_of(c, micro), run->pipe.B, run->c.T);
 }
 
-static bool machine_recompute(Run* run, Chunk* c, int micro) {
+static bool machine_recompute(Run* run, Part* c, int micro) {
     Activations* a = slot_of(c, micro);
     if (a->shared->resident == a || a->block == 1) return false;
     recompute_last_block(&run->model, a, run->pipe.B, run->c.T);
@@ -1990,7 +1992,7 @@ static const Tensor* machine_nonfinite(Run* run, bool gradients) {
     return first_nonfinite(&run->model, gradients ? run->model.grads : run->model.params);
 }
 
-static const real* machine_coefficients(Run* run, const Chunk* c, int k) {
+static const real* machine_coefficients(Run* run, const Part* c, int k) {
     (void)run;
     return c->slot[0].sub[k].coef;
 }
@@ -2030,8 +2032,8 @@ static int most_between(const ActionList* list, bool forward, int from, int to) 
     return most;
 }
 
-// How many wires a chunk needs at most, as what; in all
-static int chunk_wires(Chunk* c, const ActionList* list, int rank) {
+// How many wires a part needs at most, as what; in all
+static int part_wires(Part* c, const ActionList* list, int rank) {
     bool local_before = c->before == rank, local_after = c->after == rank,
          whole = c->before < 0 && c->after < 0;
     c->x_most = c->before < 0 ? 0
@@ -2045,9 +2047,9 @@ static int chunk_wires(Chunk* c, const ActionList* list, int rank) {
            (c->before >= 0 && !local_before ? WIRES_LEAVING : 0);
 }
 
-static void open_chunk(Run* run, int index, int direction) {
+static void open_part(Run* run, int index, int direction) {
     Pipe* p = &run->pipe;
-    Chunk* c = &p->chunks[p->chunk_count++];
+    Part* c = &p->parts[p->part_count++];
     Stage stage = {2 * p->first_block[index], 2 * p->first_block[index + 1], index == 0,
                    index == p->stage_count - 1};
     int micros = schedule_micros(&p->schedule, direction);
@@ -2062,35 +2064,35 @@ static void open_chunk(Run* run, int index, int direction) {
     c->after = stage.heads ? -1 : schedule_rank_of(&p->schedule, index + 1, direction);
     c->x = (Wire**)allocate(room, sizeof(Wire*));
     c->dy = (Wire**)allocate(room, sizeof(Wire*));
-    p->wire_count += chunk_wires(c, &p->training, p->rank);
+    p->wire_count += part_wires(c, &p->training, p->rank);
 }
 
-// The chunks of this rank and its action list; first_block is known.
+// The parts of this rank and its action list; first_block is known.
 static void pipe_open(Run* run) {
     Pipe* p = &run->pipe;
     int directions = p->schedule.kind == PIPELINE_DUALPIPE ? 2 : 1;
     p->training = schedule_actions(&p->schedule, p->rank, false);
     for (int direction = 0; direction < directions; direction++)
         for (int s = 0; s < p->stage_count; s++)
-            if (schedule_rank_of(&p->schedule, s, direction) == p->rank) open_chunk(run, s, direction);
+            if (schedule_rank_of(&p->schedule, s, direction) == p->rank) open_part(run, s, direction);
     p->wires = (Wire*)allocate((size_t)p->wire_count, sizeof(Wire));
 }
 
 static void pipe_close(Pipe* p) {
-    for (int i = 0; i < p->chunk_count; i++) {
-        free((void*)p->chunks[i].x);
-        free((void*)p->chunks[i].dy);
+    for (int i = 0; i < p->part_count; i++) {
+        free((void*)p->parts[i].x);
+        free((void*)p->parts[i].dy);
     }
     free(p->training.at);
     free(p->wires);
     free(p->first_block);
 }
 
-static Chunk* chunk_at(Pipe* p, int stage, int direction) {
+static Part* part_at(Pipe* p, int stage, int direction) {
     int i = 0;
-    while (p->chunks[i].index != stage || p->chunks[i].direction != direction) i++;
-    assert(i < p->chunk_count);
-    return &p->chunks[i];
+    while (p->parts[i].index != stage || p->parts[i].direction != direction) i++;
+    assert(i < p->part_count);
+    return &p->parts[i];
 }
 
 static Wire* wire_take(Pipe* p, WireState state, int* books) {
@@ -2132,11 +2134,11 @@ static int message_tag(const Header* h) {
 
 static int world_rank(const Pipe* p, int rank) { return p->replica * p->P + rank; }
 
-static void wire_receive(Run* run, const Chunk* c, const Action* a) {
+static void wire_receive(Run* run, const Part* c, const Action* a) {
     Pipe* p = &run->pipe;
-    Chunk* chunk = (Chunk*)c;
+    Part* part = (Part*)c;
     bool gradient = a->kind != ACTION_F;
-    Wire* w = wire_take(p, WIRE_RECEIVING, gradient ? &chunk->dy_used : &chunk->x_used);
+    Wire* w = wire_take(p, WIRE_RECEIVING, gradient ? &part->dy_used : &part->x_used);
     w->expected = message_header(run, gradient, c->index, c->direction, a->micro);
     w->request = transport_receive(p->transport, world_rank(p, gradient ? c->after : c->before),
                                    message_tag(&w->expected), w->message, sizeof(Header) + wire_bytes(run));
@@ -2154,7 +2156,7 @@ static void post_receives(Run* run) {
     Pipe* p = &run->pipe;
     for (; p->next_receive < p->list.count; p->next_receive++) {
         const Action* a = &p->list.at[p->next_receive];
-        const Chunk* c = chunk_at(p, a->stage, a->direction);
+        const Part* c = part_at(p, a->stage, a->direction);
         bool gradient = a->kind != ACTION_F;
         int peer = gradient ? c->after : c->before;
         if (a->kind == ACTION_W || peer < 0 || peer == p->rank) continue;
@@ -2200,7 +2202,7 @@ static bool is_here(const Wire* w) { return w && w->state == WIRE_HELD; }
 
 // Whether an action's input is here and there is room for its output
 static bool action_ready(Pipe* p, const Action* a) {
-    const Chunk* c = chunk_at(p, a->stage, a->direction);
+    const Part* c = part_at(p, a->stage, a->direction);
     if (a->kind == ACTION_W) return true;
     if (a->kind == ACTION_F)
         return (c->before < 0 || is_here(c->x[a->micro])) && c->y_leaving < WIRES_LEAVING;
@@ -2209,7 +2211,7 @@ static bool action_ready(Pipe* p, const Action* a) {
 
 // For whom a rank waits that cannot go on
 static void describe_wait(Pipe* p, const Action* a, char* text, size_t size) {
-    const Chunk* c = chunk_at(p, a->stage, a->direction);
+    const Part* c = part_at(p, a->stage, a->direction);
     bool forward = a->kind == ACTION_F, input = !(forward ? c->before < 0 || is_here(c->x[a->micro])
                                                           : c->after < 0 || is_here(c->dy[a->micro]));
     int from = forward ? c->before : c->after, to = forward ? c->after : c->before;
@@ -2223,10 +2225,10 @@ static void load_batch(Run* run, const Action* a) {
     if (!run->pipe.load(run, micro, &run->pipe.error)) run->pipe.failed = true; // the step ends all the same
 }
 
-static void run_forward(Run* run, Chunk* c, const Action* a) {
+static void run_forward(Run* run, Part* c, const Action* a) {
     Pipe* p = &run->pipe;
     bool local = c->after == p->rank;
-    Chunk* next = local ? chunk_at(p, c->index + 1, c->direction) : NULL;
+    Part* next = local ? part_at(p, c->index + 1, c->direction) : NULL;
     Wire *x = c->before < 0 ? NULL : c->x[a->micro], *y = NULL;
     if (c->after >= 0) y = wire_take(p, WIRE_HELD, local ? &next->x_used : &c->y_leaving);
     if (c->stage.embeds || c->stage.heads) load_batch(run, a);
@@ -2236,7 +2238,7 @@ static void run_forward(Run* run, Chunk* c, const Action* a) {
     if (x && p->forward_only) wire_rebook(x, NULL);
 }
 
-static void run_backward(Run* run, Chunk* c, const Action* a) {
+static void run_backward(Run* run, Part* c, const Action* a) {
     Pipe* p = &run->pipe;
     Wire* dy = c->dy[a->micro];
     if (c->after < 0 && c->before >= 0) dy = wire_take(p, WIRE_HELD, &c->dy_used);
@@ -2248,14 +2250,14 @@ static void run_backward(Run* run, Chunk* c, const Action* a) {
     }
     wire_rebook(c->x[a->micro], NULL);
     c->x[a->micro] = NULL;
-    Chunk* previous = c->before == p->rank ? chunk_at(p, c->index - 1, c->direction) : NULL;
+    Part* previous = c->before == p->rank ? part_at(p, c->index - 1, c->direction) : NULL;
     wire_rebook(dy, previous ? &previous->dy_used : &c->dx_leaving);
     if (previous) previous->dy[a->micro] = dy;
     else wire_send(run, dy, c->before, c->index - 1, a);
 }
 
 static void run_action(Run* run, const Action* a) {
-    Chunk* c = chunk_at(&run->pipe, a->stage, a->direction);
+    Part* c = part_at(&run->pipe, a->stage, a->direction);
     double start = seconds();
     if (a->kind == ACTION_F) run_forward(run, c, a);
     else if (a->kind == ACTION_W) machine_backward_weights(run, c, (int)a->micro);
@@ -2268,9 +2270,9 @@ static void run_action(Run* run, const Action* a) {
 static void wait_usefully(Run* run, const Action* waiting) {
     Pipe* p = &run->pipe;
     char text[160];
-    const Chunk* c = chunk_at(p, waiting->stage, waiting->direction);
+    const Part* c = part_at(p, waiting->stage, waiting->direction);
     bool backward = waiting->kind == ACTION_B || waiting->kind == ACTION_I;
-    if (backward && machine_recompute(run, (Chunk*)c, (int)waiting->micro)) return;
+    if (backward && machine_recompute(run, (Part*)c, (int)waiting->micro)) return;
     describe_wait(p, waiting, text, sizeof text);
     transport_idle(p->transport, text);
 }

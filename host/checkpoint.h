@@ -429,7 +429,7 @@ static void export_coefficients(Export* x, Run* run) {
             char name[MAX_NAME];
             for (size_t i = 0; i < B * T * (size_t)width; i++)
                 copy[i] = (float)machine_coefficients(
-                    run, &run->pipe.chunks[0],
+                    run, &run->pipe.parts[0],
                     k)[i / (size_t)width * (size_t)count + (size_t)(map * n) + i % (size_t)width];
             x->copies[x->copy_count++] = copy;
             snprintf(name, sizeof name, "hc.%d.%s", k, maps[map]);

@@ -190,8 +190,8 @@ static bool observe(Run* run, double* mappings, StreamStats* streams, Error* e) 
     machine_watch_streams(run, streams);
     bool good = pipe_run(run, 1, 1, true, first_sequence, e);
     machine_watch_streams(run, NULL);
-    for (int i = 0; i < run->pipe.chunk_count; i++) {
-        const Chunk* c = &run->pipe.chunks[i];
+    for (int i = 0; i < run->pipe.part_count; i++) {
+        const Part* c = &run->pipe.parts[i];
         if (c->direction || run->pipe.replica) continue;        // another rank has them too
         for (int k = c->stage.first; k < c->stage.last; k++)
             residual_mappings(mappings + (size_t)k * (size_t)(T * n * n), &run->c,

@@ -89,10 +89,10 @@ static void print_model(const Run* run) {
 
 // Everything that is large, once it is known to fit.
 static bool allocate_run(Run* run, Error* e) {
-    Stage stages[MAX_CHUNKS];
+    Stage stages[MAX_PARTS];
     pipe_open(run);
-    for (int i = 0; i < run->pipe.chunk_count; i++) stages[i] = run->pipe.chunks[i].stage;
-    model_layout_stages(&run->model, &run->c, stages, run->pipe.chunk_count);
+    for (int i = 0; i < run->pipe.part_count; i++) stages[i] = run->pipe.parts[i].stage;
+    model_layout_stages(&run->model, &run->c, stages, run->pipe.part_count);
     if (run->training) deal_pieces(run);
     activations_open(&run->acts, &run->c);
     if (run->pipe.stage_count > 1) run->acts.progress = pipe_progress;
