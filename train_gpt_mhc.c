@@ -1829,8 +1829,11 @@ static void machine_backward(Run* run, Part* c, int micro, Wire* dy, bool defer)
 static void machine_backward_weights(Run* run, Part* c, int micro);
 static bool machine_recompute(Run* run, Part* c, int micro);   // ahead of its gradient; false: nothing to do
 static void machine_wire_arrived(Run* run, Wire* w);            // its message is there
-static bool machine_wire_left(Run* run, Wire* w);               // asked until its message can be sent
-static void machine_idle(Run* run); // between passes: all that was asked for is done
+static void machine_wire_expected(Run* run, Wire* w);           // before its message is received
+static void machine_wire_leaves(Run* run, Wire* w);             // before its message is sent:
+static bool machine_wire_left(Run* run, Wire* w);               // asked until it can be
+static void machine_begin_pass(Run* run);
+static void machine_end_pass(Run* run);                         // run->loss_sum is there
 // The step's own gradients are complete; then the sums of squares of those that are updated here.
 static void machine_end_gradients(Run* run);
 static void machine_square_sums(Run* run, double* sums);
@@ -1898,7 +1901,10 @@ static bool machine_can(const Run* run, Error* e) {
 
 static bool machine_open(Run* run, Error* e) { return run && e; }
 static void machine_load(Run* run) { (void)run; }
-static void machine_idle(Run* run) { (void)run; }
+static void machine_begin_pass(Run* run) { (void)run; }
+static void machine_end_pass(Run* run) { (void)run; }
+static void machine_wire_expected(Run* run, Wire* w) { (void)run, (void)w; }
+static void machine_wire_leaves(Run* run, Wire* w) { (void)run, (void)w; }
 static void machine_wire_arrived(Run* run, Wire* w) { (void)run, (void)w; }
 static bool machine_wire_left(Run* run, Wire* w) { return run && w; }
 static size_t machine_value_bytes(void) { return sizeof(real); }
@@ -2139,6 +2145,7 @@ static void wire_receive(Run* run, const Part* c, const Action* a) {
     Part* part = (Part*)c;
     bool gradient = a->kind != ACTION_F;
     Wire* w = wire_take(p, WIRE_RECEIVING, gradient ? &part->dy_used : &part->x_used);
+    machine_wire_expected(run, w);
     w->expected = message_header(run, gradient, c->index, c->direction, a->micro);
     w->request = transport_receive(p->transport, world_rank(p, gradient ? c->after : c->before),
                                    message_tag(&w->expected), w->message, sizeof(Header) + wire_bytes(run));
@@ -2149,6 +2156,7 @@ static void wire_send(Run* run, Wire* w, int peer, int stage, const Action* a) {
     *w->message = message_header(run, a->kind != ACTION_F, stage, a->direction, a->micro);
     w->peer = world_rank(&run->pipe, peer);
     w->state = WIRE_LEAVING;
+    machine_wire_leaves(run, w);
 }
 
 // Posts receives in the order of their use, as far as there are wires for them.
@@ -2313,6 +2321,7 @@ static bool pipe_run(Run* run, int M, int B, bool forward_only, bool (*load)(Run
     p->load = load;
     p->failed = false;
     p->next_receive = 0;
+    machine_begin_pass(run);
     for (int i = 0, count; i < p->list.count; i += count) {
         count = 1 + p->list.at[i].paired;
         run_together(run, &p->list.at[i], count);
@@ -2321,7 +2330,7 @@ static bool pipe_run(Run* run, int M, int B, bool forward_only, bool (*load)(Run
         pipe_progress(run);
         if (wires_at_work(p)) transport_idle(p->transport, "waits for its last messages to be taken");
     }
-    machine_idle(run);
+    machine_end_pass(run);
     if (generated) free(p->list.at);
     if (p->failed) *e = p->error;
     return !p->failed;
