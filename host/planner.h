@@ -18,7 +18,7 @@ typedef struct {
 } PlannerInput;
 
 enum { PLANNER_ACTIONS = 1 << 17 };     // of a step: more are estimated, not simulated
-enum { PLANNER_SEARCH = 1 << 20 };      // simulated from one first guess while it is improved
+enum { PLANNER_SEARCH = 1 << 21 };      // simulated in search of the blocks of each stage
 enum { MLA_LATENT = 512, MLA_ROPE = 64, MLA_HEAD = 128 };
 
 // ------------------------------------------------------------------------------------------------
@@ -161,30 +161,18 @@ static inline double planner_part(const Planner* p, double span) {
 // ------------------------------------------------------------------------------------------------
 // Blocks of each stage
 
-// First guesses: even stages; or each block to the stage whose rank has least to do.
-static inline void planner_guess(Planner* p, bool even) {
+// From even stages on, moves a block between two of them as long as that makes the step shorter.
+static inline void planner_choose(Planner* p) {
     int L = p->in.L, S = p->stages;
-    for (int k = 0; k < S; k++) p->layers[k] = even ? (int)((long)L * (k + 1) / S - (long)L * k / S) : 0;
-    for (int l = 0; l < L && !even; l++) {
-        int best = 0;
-        planner_costs(p);
-        for (int k = 1; k < S; k++) {
-            double more = p->work[schedule_rank_of(&p->s, k, 0)] - p->work[schedule_rank_of(&p->s, best, 0)];
-            if (more < 0 || (more == 0 && p->layers[k] < p->layers[best])) best = k;
-        }
-        p->layers[best]++;
-    }
-}
-
-// Moves a block between two stages as long as that makes the step shorter. Returns its length.
-static inline double planner_improve(Planner* p, double message) {
+    for (int k = 0; k < S; k++) p->layers[k] = (int)((long)L * (k + 1) / S - (long)L * k / S);
     planner_costs(p);
-    double best = planner_span(p, message), before = INFINITY, cost = 4.0 * p->s.P * p->s.M;
+    double message = planner_message(&p->in, p->in.n, p->in.link_gbs), cost = 4.0 * p->s.P * p->s.M;
+    double best = planner_span(p, message), before = INFINITY;
     for (double left = PLANNER_SEARCH; best < before && p->lists;) {
-        int from = -1, to = -1;
+        int from = 0, to = 0;
         before = best;
-        for (int move = 0; move < p->stages * p->stages && left > cost; move++) {
-            int a = move / p->stages, b = move % p->stages;
+        for (int move = 0; move < S * S && left > cost; move++) {
+            int a = move / S, b = move % S;
             if (a == b || !p->layers[a]) continue;
             p->layers[a]--, p->layers[b]++;
             planner_costs(p);
@@ -192,21 +180,8 @@ static inline double planner_improve(Planner* p, double message) {
             if (span < best * (1 - 1e-9)) best = span, from = a, to = b;
             p->layers[a]++, p->layers[b]--;
         }
-        if (from >= 0) p->layers[from]--, p->layers[to]++;
+        p->layers[from]--, p->layers[to]++;
     }
-    return best;
-}
-
-static inline void planner_choose(Planner* p) {
-    size_t bytes = (size_t)p->stages * sizeof(int);
-    int* even = (int*)allocate(bytes, 1);
-    double message = planner_message(&p->in, p->in.n, p->in.link_gbs);
-    planner_guess(p, true);
-    double span = planner_improve(p, message);
-    memcpy(even, p->layers, bytes);
-    planner_guess(p, false);
-    if (span < planner_improve(p, message) * (1 - 1e-9)) memcpy(p->layers, even, bytes);
-    free(even);
 }
 
 static inline Planner planner_open(const PlannerInput* in) {
@@ -341,8 +316,8 @@ static inline void planner_print_links(FILE* out, const PlannerInput* in) {
 
 static inline void planner_print(FILE* out, const PlannerInput* in) {
     Planner p = planner_open(in);
-    double message = planner_message(in, in->n, in->link_gbs), at_best = planner_part(&p, planner_span(&p, 0));
-    double span = planner_span(&p, message), tokens = (double)in->D * in->M * in->B * in->T;
+    double at_best = planner_part(&p, planner_span(&p, 0)), tokens = (double)in->D * in->M * in->B * in->T;
+    double message = planner_message(in, in->n, in->link_gbs), span = planner_span(&p, message);
     fprintf(out, "model: %.4g parameters, a token meets %.4g; %d blocks, width %d, %d streams\n",
             planner_parameters(in, false), planner_parameters(in, true), in->L, in->C, in->n);
     fprintf(out, "machine: %d x %d ranks of %g TFLOP/s at %g %%, links of %g GB/s each way\n", in->P, in->D,
@@ -356,9 +331,9 @@ static inline void planner_print(FILE* out, const PlannerInput* in) {
     fprintf(out, "%s\n", p.stages > 64 ? ",..." : "");
     planner_print_ranks(out, &p, span);
     if (in->P > 1) {
-        fprintf(out, "boundary: %.4g MB, %.4g ms a message; at most 1 %% of a step is lost from %.3g GB/s on\n",
+        fprintf(out, "boundary: %.4g MB, %.4g ms a message; costs at most 1 %% from %.3g GB/s on\n",
                 1e3 * planner_message(in, in->n, 1), 1e3 * message, planner_link_needed(&p));
-        planner_print_links(out, in);
+        if (in->link_gbs > 0) planner_print_links(out, in);
     }
     planner_close(&p);
 }

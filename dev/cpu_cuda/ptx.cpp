@@ -79,9 +79,8 @@ void load_matrices(Place here, std::initializer_list<uint32_t*> registers, bool 
 // cp.async
 
 static ThreadCopies& copies() {
-    std::vector<ThreadCopies>& all = current->block->copies;
-    if (all.empty()) all.resize(current->block->threads);
-    return all[current->number];
+    current->block->copies.resize(current->block->threads);
+    return current->block->copies[current->number];
 }
 
 void cp_async_ca_shared_global(Place here, uint32_t to, const void* from, int size, unsigned bytes) {

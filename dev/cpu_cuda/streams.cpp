@@ -12,13 +12,8 @@
 
 typedef std::shared_ptr<struct Operation> Work;
 
-struct CUstream_st {
-    bool blocking;                      // waits for the default stream, and that for it
-};
-
-struct CUevent_st {
-    Work recorded;                      // the end of this one
-};
+struct CUstream_st { bool blocking; };  // waits for the default stream, and that for it
+struct CUevent_st { Work recorded; };   // the end of this one
 
 struct Operation {
     std::function<void()> work;
@@ -33,15 +28,14 @@ namespace {
 
 typedef std::lock_guard<std::recursive_mutex> Lock;
 
-constexpr int DEVICES = 8, LEAST_PRIORITY = 0, GREATEST_PRIORITY = -5;
-constexpr unsigned MAX_THREADS = 1024;
+constexpr int DEVICES = 8, MAX_THREADS = 1024;
 constexpr uint3 MAX_BLOCK = {1024, 1024, 64}, MAX_GRID = {2147483647, 65535, 65535};
 constexpr size_t SHARED_DEFAULT = 48 << 10;
 
 struct Streams {
     CUstream_st legacy = {true};        // the default stream
-    // Streams and events: do they exist? Destroyed, one stays: its work may wait, its handle is not used again.
-    std::map<const void*, bool> exist;
+    std::map<const void*, bool> exist;  // streams and events. Destroyed ones stay: their work may wait, and
+                                        // no later one may have their handle.
     std::vector<Work> pending;          // in the order of enqueue()
     unsigned random = options().seed * 2654435761u + 1;
     std::map<std::string, size_t> shared_allowed;       // by kernel: its cudaFuncSetAttribute
@@ -83,9 +77,9 @@ cudaError_t destroy(const void* handle) {
 
 void run(Operation& operation) {
     operation.work();
+    operation.done = true;
     operation.work = nullptr;
     operation.also = nullptr;
-    operation.done = true;
 }
 
 bool must_follow(const Operation& operation, const Operation& earlier) {
@@ -132,9 +126,7 @@ Work add(CUstream_st* stream, std::function<void()> work, const Work& also = nul
 namespace cpu_cuda {
 
 bool stream_exists(cudaStream_t stream) { return find(stream); }
-
 void enqueue(cudaStream_t stream, std::function<void()> work) { add(find(stream), std::move(work)); }
-
 cudaError_t remember(cudaError_t error) {
     if (error != cudaSuccess) last_error = error;
     return error;
@@ -159,7 +151,7 @@ static cudaError_t error_of(const Launch& launch) {
     const dim3 &grid = launch.grid, &block = launch.block;
     unsigned threads = block.x * block.y * block.z;
     size_t allowed = std::max(SHARED_DEFAULT, streams().shared_allowed[name_of(launch.kernel)]);
-    bool valid = within(block, MAX_BLOCK) && threads <= MAX_THREADS && within(grid, MAX_GRID);
+    bool valid = within(block, MAX_BLOCK) && threads <= (unsigned)MAX_THREADS && within(grid, MAX_GRID);
     if (!find(launch.stream)) return cudaErrorInvalidResourceHandle;
     if (!valid) return cudaErrorInvalidConfiguration;
     if (launch.shared > allowed) return cudaErrorInvalidValue;
@@ -173,10 +165,10 @@ int submit(Launch launch) {
     Lock lock(runtime_lock());
     cudaError_t error = error_of(launch);
     if (error != cudaSuccess) return remember(error);
-    std::shared_ptr<void> arguments(aligned_alloc(64, (launch.arguments_size + 63) / 64 * 64), free);
-    launch.arguments = memcpy(arguments.get(), launch.arguments, launch.arguments_size);
-    close_host_pointers(launch.arguments, launch.arguments_size);
-    enqueue(launch.stream, [launch, arguments] {
+    std::vector<char> bytes((char*)launch.arguments, (char*)launch.arguments + launch.arguments_size);
+    close_host_pointers(bytes.data(), bytes.size());
+    enqueue(launch.stream, [launch, bytes = std::move(bytes)]() mutable {
+        launch.arguments = bytes.data();
         DeviceCode device;
         run_grid(launch);
         check_slack(launch);
@@ -194,7 +186,7 @@ cudaError_t allow_shared(const char* kernel, cudaFuncAttribute attribute, int va
 
 cudaError_t occupancy(int* blocks, int threads, size_t shared) {
     if (!blocks || threads <= 0) return remember(cudaErrorInvalidValue);
-    bool fits = threads <= (int)MAX_THREADS && shared <= shared_optin();
+    bool fits = threads <= MAX_THREADS && shared <= shared_optin();
     *blocks = fits ? blocks_per_multiprocessor(threads, shared) : 0;
     return cudaSuccess;
 }
@@ -218,10 +210,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 // Devices. There are as many as a machine with GPUs has, so that each of several processes can take its own;
 // one process uses one.
 
-cudaError_t cudaGetDeviceCount(int* count) {
-    *count = DEVICES;
-    return cudaSuccess;
-}
+cudaError_t cudaGetDeviceCount(int* count) { return *count = DEVICES, cudaSuccess; }
 
 cudaError_t cudaSetDevice(int device) {
     int& used = streams().device;
@@ -233,35 +222,24 @@ cudaError_t cudaSetDevice(int device) {
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     if (device < 0 || device >= DEVICES) return remember(cudaErrorInvalidDevice);
-    *p = {};
-    snprintf(p->name, sizeof p->name, "cpu_cuda");
-    p->totalGlobalMem = options().memory;
-    p->sharedMemPerBlock = SHARED_DEFAULT;
-    p->warpSize = WARP;
-    p->maxThreadsPerBlock = MAX_THREADS;
-    p->major = options().capability / 10;
-    p->minor = options().capability % 10;
-    p->multiProcessorCount = options().sms;
-    p->cooperativeLaunch = 1;
-    p->sharedMemPerBlockOptin = shared_optin();
+    int cc = options().capability;
+    *p = {"cpu_cuda", options().memory, SHARED_DEFAULT, WARP, MAX_THREADS, cc / 10, cc % 10, options().sms,
+          1, shared_optin()};
     return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     cudaDeviceProp p;
-    cudaError_t error = cudaGetDeviceProperties(&p, device);
-    if (error != cudaSuccess) return error;
+    if (cudaGetDeviceProperties(&p, device) != cudaSuccess) return cudaErrorInvalidDevice;
     switch (attribute) {
-#define ATTRIBUTE(name, number, member) case name: *value = (int)p.member; return cudaSuccess;
+#define ATTRIBUTE(name, number, member) case name: return *value = (int)p.member, cudaSuccess;
         CPU_CUDA_ATTRIBUTES(ATTRIBUTE)
     }
     return remember(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
-    *least = LEAST_PRIORITY;
-    *greatest = GREATEST_PRIORITY;
-    return cudaSuccess;
+    return *least = 0, *greatest = -5, cudaSuccess;
 }
 
 // Most unlike the order of enqueue(): the last comes first.
@@ -277,12 +255,6 @@ cudaError_t cudaDeviceSynchronize() {
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
     return create(stream, {flags != cudaStreamNonBlocking}, flags, cudaStreamNonBlocking);
 }
-
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
-    return cudaStreamCreateWithPriority(stream, flags, 0);
-}
-
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, 0); }
 
 // As CUDA has it, work that waits in the stream still runs some time.
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return destroy(stream); }
@@ -307,13 +279,20 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
     return create(event, {}, flags, cudaEventDisableTiming);
 }
 
-cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return destroy(event); }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     if (!find(stream) || !exists(event)) return remember(cudaErrorInvalidResourceHandle);
     event->recorded = add(find(stream), [] {});
     return cudaSuccess;
+}
+
+// Whoever asks asks again: under `lazy` the work is done between the two questions.
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    if (!exists(event)) return remember(cudaErrorInvalidResourceHandle);
+    if (!event->recorded || event->recorded->done) return cudaSuccess;
+    wait_for(event->recorded);
+    return cudaErrorNotReady;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {

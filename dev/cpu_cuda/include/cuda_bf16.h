@@ -20,10 +20,8 @@ To same_bits(From from) {
 
 // To nearest, ties to even; every NaN becomes the canonical one.
 inline unsigned short bf16_bits(float value) {
-    uint32_t bits = same_bits<uint32_t>(value), rest = bits & 0xffff;
-    bool odd = bits & 0x10000, away = rest > 0x8000 || (rest == 0x8000 && odd);
-    if (value != value) return 0x7fff;
-    return (unsigned short)((bits >> 16) + away);
+    uint32_t bits = same_bits<uint32_t>(value), odd = bits >> 16 & 1;
+    return value != value ? 0x7fff : (unsigned short)((bits + 0x7fff + odd) >> 16);
 }
 
 inline float float_of(uint32_t bf16) { return same_bits<float>(bf16 << 16); }
@@ -68,31 +66,24 @@ inline __nv_bfloat16 __ushort_as_bfloat16(const unsigned short bits) {
 }
 
 // float has more than twice the digits: a result rounded to it first is still rightly rounded.
-#define CPU_CUDA_BINARY(sign)                                                                   \
-    inline __nv_bfloat16 operator sign(const __nv_bfloat16& a, const __nv_bfloat16& b) {        \
-        return (float)a sign(float) b;                                                          \
-    }                                                                                           \
-    inline __nv_bfloat16& operator sign##=(__nv_bfloat16 & a, const __nv_bfloat16& b) {         \
-        return a = a sign b;                                                                    \
+#define CPU_CUDA_OPERATOR(T, sign)                                              \
+    inline T operator sign(const __nv_bfloat16& a, const __nv_bfloat16& b) {    \
+        return (float)a sign(float) b;                                          \
     }
-CPU_CUDA_BINARY(+)
-CPU_CUDA_BINARY(-)
-CPU_CUDA_BINARY(*)
-CPU_CUDA_BINARY(/)
-#undef CPU_CUDA_BINARY
+#define CPU_CUDA_ARITHMETIC(sign)                                               \
+    CPU_CUDA_OPERATOR(__nv_bfloat16, sign)                                      \
+    inline __nv_bfloat16& operator sign##=(__nv_bfloat16 & a, const __nv_bfloat16& b) { return a = a sign b; }
 
-#define CPU_CUDA_COMPARE(sign)                                                          \
-    inline bool operator sign(const __nv_bfloat16& a, const __nv_bfloat16& b) {         \
-        return (float)a sign(float) b;                                                  \
-    }
-CPU_CUDA_COMPARE(==)
-CPU_CUDA_COMPARE(!=)
-CPU_CUDA_COMPARE(<)
-CPU_CUDA_COMPARE(>)
-CPU_CUDA_COMPARE(<=)
-CPU_CUDA_COMPARE(>=)
-#undef CPU_CUDA_COMPARE
-
+CPU_CUDA_ARITHMETIC(+)
+CPU_CUDA_ARITHMETIC(-)
+CPU_CUDA_ARITHMETIC(*)
+CPU_CUDA_ARITHMETIC(/)
+CPU_CUDA_OPERATOR(bool, ==)
+CPU_CUDA_OPERATOR(bool, !=)
+CPU_CUDA_OPERATOR(bool, <)
+CPU_CUDA_OPERATOR(bool, >)
+CPU_CUDA_OPERATOR(bool, <=)
+CPU_CUDA_OPERATOR(bool, >=)
 inline __nv_bfloat16 operator-(const __nv_bfloat16& a) { return -(float)a; }
 
 // ------------------------------------------------------------------------------------------------

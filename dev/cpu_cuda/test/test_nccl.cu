@@ -123,7 +123,8 @@ static void test_rounding() {
     CHECK(right);
 }
 
-// Everything to everyone, each time after an empty message; then one message alone.
+// Everything to everyone, each time after an empty message; one message alone; a group of two, which go side
+// by side, against two calls, which do not.
 static void test_messages() {
     size_t count = 40003, n = (size_t)ranks;
     int *from = to_device(numbers<int>(rank, count * n)), *to = to_device(std::vector<int>(count * n));
@@ -143,6 +144,17 @@ static void test_messages() {
     if (rank == 0 && ranks > 1) NCCL(ncclSend(from, count, ncclInt, 1, world, stream));
     if (rank == 1) NCCL(ncclRecv(to, count, ncclInt, 0, world, stream));
     if (rank == 1) CHECK(to_host(to, count) == numbers<int>(0, count));
+    if (rank == 0 && ranks > 1) {
+        NCCL(ncclGroupStart());
+        NCCL(ncclSend(from, count, ncclInt, 1, world, stream));
+        NCCL(ncclRecv(to, count, ncclInt, 1, world, stream));
+        NCCL(ncclGroupEnd());
+        CHECK(to_host(to, count) == numbers<int>(1, count));
+    } else if (rank == 1) {
+        NCCL(ncclRecv(to, count, ncclInt, 0, world, stream));
+        NCCL(ncclSend(from, count, ncclInt, 0, world, stream));
+        CHECK(to_host(to, count) == numbers<int>(0, count));
+    }
 }
 
 static __global__ void add_one(float* x) { x[blockIdx.x * blockDim.x + threadIdx.x] += 1; }

@@ -6,14 +6,12 @@
 
 namespace cooperative_groups {
 
-#define CPU_CUDA_OPERATION(NAME, RESULT)                \
-    template <class T>                                  \
-    struct NAME {                                       \
-        T operator()(T a, T b) const { return RESULT; } \
-    };
-CPU_CUDA_OPERATION(plus, a + b)
-CPU_CUDA_OPERATION(less, b < a ? b : a)
-CPU_CUDA_OPERATION(greater, a < b ? b : a)
+template <class T>
+struct plus { T operator()(T a, T b) const { return a + b; } };
+template <class T>
+struct less { T operator()(T a, T b) const { return b < a ? b : a; } };
+template <class T>
+struct greater { T operator()(T a, T b) const { return a < b ? b : a; } };
 
 template <unsigned Size, class T, class Operation>
 T reduce(const thread_block_tile<Size>& tile, T value, Operation operation, CPU_CUDA_HERE) {

@@ -33,14 +33,14 @@ inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
 // 8x8 matrices of 16 bits, one a register; lane 8 * i + r gives the address of row r of matrix i.
 void load_matrices(Place here, std::initializer_list<uint32_t*> registers, bool transposed, uint32_t address);
 
-#define CPU_CUDA_LDMATRIX(kind, transposed)                                                             \
-    inline void ldmatrix_sync_aligned_m8n8_x2_##kind(Place here, uint32_t& r0, uint32_t& r1,            \
-                                                     uint32_t address) {                                \
-        load_matrices(here, {&r0, &r1}, transposed, address);                                           \
-    }                                                                                                   \
-    inline void ldmatrix_sync_aligned_m8n8_x4_##kind(Place here, uint32_t& r0, uint32_t& r1,            \
-                                                     uint32_t& r2, uint32_t& r3, uint32_t address) {    \
-        load_matrices(here, {&r0, &r1, &r2, &r3}, transposed, address);                                 \
+typedef uint32_t& Register;
+#define CPU_CUDA_LDMATRIX(KIND, TRANSPOSED)                                                                 \
+    inline void ldmatrix_sync_aligned_m8n8_x2_##KIND(Place here, Register a, Register b, uint32_t address) {\
+        load_matrices(here, {&a, &b}, TRANSPOSED, address);                                                 \
+    }                                                                                                       \
+    inline void ldmatrix_sync_aligned_m8n8_x4_##KIND(Place here, Register a, Register b, Register c,        \
+                                                     Register d, uint32_t address) {                        \
+        load_matrices(here, {&a, &b, &c, &d}, TRANSPOSED, address);                                         \
     }
 CPU_CUDA_LDMATRIX(shared_b16, false)
 CPU_CUDA_LDMATRIX(trans_shared_b16, true)
