@@ -28,20 +28,18 @@
 enum { TAG_LAST = 1 << 30, TAG_REDUCE = -1, TAG_BROADCAST = -2 };       // callers: 0 to TAG_LAST
 enum { REQUESTS = 4096, LOOPBACK_DELAY = 32, TIMEOUT_S = 120 };         // open at once; looks; default
 
-typedef struct Request Request;
 typedef struct Loopback Loopback;
-
-struct Request {                // a send or a receive
+typedef struct Request {        // a send or a receive
     bool open, sending, done;
     bool copied;                // a send's copy, of which nobody asks whether it is done
     int peer, from, tag, delay;
     unsigned char* bytes;       // (count)
     size_t count;
-    Request* next;
+    struct Request* next;
 #ifdef HAVE_MPI
     MPI_Request mpi;
 #endif
-};
+} Request;
 
 typedef struct {
     int rank, size;
@@ -56,7 +54,7 @@ typedef struct {
 // ------------------------------------------------------------------------------------------------
 // Loopback: every rank is a thread. A receive and the first send of its sender and tag meet when the later
 // of them is posted; only then a send is done, as a large one of MPI is. Under a seed sends wait until the
-// receiver has looked some times, so that others overtake; half are copied and done at once, as small ones are.
+// receiver has looked some times, so that others overtake; half are copied and done at once, as small ones.
 
 struct Loopback {
     int size;
@@ -146,7 +144,6 @@ static inline void loopback_close(Loopback* l) {
 // a largest tag: the upper part of others chooses a communicator. The world's is for this file's tags.
 
 #ifdef HAVE_MPI
-
 enum { MPI_BLOCK = 64, MPI_COMMS = 16 };        // bytes; communicators at most
 static MPI_Comm mpi_comms[MPI_COMMS];
 static long mpi_tags;                           // in each
@@ -204,10 +201,8 @@ static inline Transport* mpi_open(int* argc, char*** argv) {
     mpi_tags = (long)*last_tag + 1;
     for (int c = 0; c < MPI_COMMS && c <= TAG_LAST / mpi_tags; c++)
         MPI_Comm_dup(MPI_COMM_WORLD, &mpi_comms[c]);
-    t->timeout_s = TIMEOUT_S;
     return t;
 }
-
 #endif
 
 // ------------------------------------------------------------------------------------------------
@@ -222,11 +217,9 @@ static inline int transport_post(Transport* t, bool sending, int peer, int tag, 
     memset(r, 0, sizeof *r);
     r->open = true;
     r->sending = sending;
-    r->peer = peer;
-    r->from = sending ? t->rank : peer;
+    r->peer = peer, r->from = sending ? t->rank : peer;
     r->tag = tag;
-    r->bytes = (unsigned char*)bytes;
-    r->count = count;
+    r->bytes = (unsigned char*)bytes, r->count = count;
 #ifdef HAVE_MPI
     if (!t->loopback) return mpi_post(r), request;
 #endif
@@ -312,25 +305,17 @@ static inline void transport_reduce(Transport* t, double* values, int count, boo
     for (; !(t->rank & bit) && bit < t->size; bit *= 2) {
         if (t->rank + bit >= t->size) continue;
         tree_wait(t, transport_receive(t, t->rank + bit, TAG_REDUCE, other, size), "a sum");
-        for (int i = 0; i < count; i++) {
-            double a = values[i], b = other[i];
-            values[i] = !largest ? a + b : a != a || a >= b ? a : b;
-        }
+        for (double *a = values, *b = other; a < values + count; a++, b++)
+            *a = !largest ? *a + *b : *a != *a || *a >= *b ? *a : *b;
     }
     if (t->rank) tree_wait(t, transport_send(t, t->rank - bit, TAG_REDUCE, values, size), "a sum");
     free(other);
     transport_broadcast(t, 0, values, size);
 }
 
-// values (count), over all ranks, in the same order always: zero on all but one comes out as on that one.
-static inline void transport_sum(Transport* t, double* values, int count) {
-    transport_reduce(t, values, count, false);
-}
-
-// What is not a number is the largest.
-static inline void transport_max(Transport* t, double* values, int count) {
-    transport_reduce(t, values, count, true);
-}
+// v (n), over all ranks, in one order always: zero on all but one comes out as it is. NaN is largest.
+static inline void transport_sum(Transport* t, double* v, int n) { transport_reduce(t, v, n, false); }
+static inline void transport_max(Transport* t, double* v, int n) { transport_reduce(t, v, n, true); }
 
 // e: the first line in which the fields of a rank differ from those expected, rank 0's
 static inline bool fields_agree(const char* fields, const char* expected, int rank, Error* e) {
@@ -369,10 +354,11 @@ static inline Transport* transport_open(int* argc, char*** argv) {
     int expected = size ? atoi(size) : 1;
     Transport* t = NULL;
 #ifdef HAVE_MPI
-    if (size || getenv("PMIX_RANK") || getenv("PMI_RANK")) t = mpi_open(argc, argv);
+    if (expected > 1 || getenv("PMIX_RANK") || getenv("PMI_RANK")) t = mpi_open(argc, argv);
 #endif
     (void)argc, (void)argv;
     if (!t) t = loopback_rank(loopback_open(1, 0), 0);
+    t->timeout_s = TIMEOUT_S;
     if (expected <= 1 || t->size == expected) return t;
     if (rank && strcmp(rank, "0")) exit(STATUS_USAGE);          // the first alone says it
     die("mpirun: found %d ranks, expected %d of %s: use the mpirun of its MPI, or srun --mpi=pmix", expected,
@@ -384,14 +370,10 @@ static inline Transport* transport_open(int* argc, char*** argv) {
 static inline void transport_close(Transport* t) {
     transport_sum(t, NULL, 0);
     for (int request = 0; request < REQUESTS; request++) assert(!t->requests[request].open);
-    if (t->loopback) {
-        loopback_close(t->loopback);
-        return;
-    }
+    if (t->loopback) loopback_close(t->loopback);
 #ifdef HAVE_MPI
-    MPI_Finalize();
+    else MPI_Finalize(), free(t);
 #endif
-    free(t);
 }
 
 #endif
