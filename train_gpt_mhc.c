@@ -1816,9 +1816,9 @@ static size_t machine_value_bytes(void);            // of a state's number
 static void machine_load(Run* run);                 // the run's parameters and moments become the machine's
 // A piece of what belongs to a tensor that is here, to the host and back. Of moments, first counts from the
 // piece.
-typedef enum { NUMBERS_PARAMS, NUMBERS_GRADS, NUMBERS_ADAM_M, NUMBERS_ADAM_V } Numbers;
-static void machine_read(Run* run, Numbers what, const Tensor* t, size_t first, size_t count, real* numbers);
-static void machine_write(Run* run, Numbers what, const Tensor* t, size_t first, size_t count,
+typedef enum { NUMBERS_PARAMS, NUMBERS_GRADS, NUMBERS_ADAM_M, NUMBERS_ADAM_V } NumberKind;
+static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, real* numbers);
+static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count,
                           const real* numbers);
 static void machine_zero_gradients(Run* run);
 // Micro-batch `micro` through a part, from x (or run's tokens) to y (or, while validating, to
@@ -1931,7 +1931,7 @@ static void machine_describe(const Run* run, char* text, size_t size) {
 
 static void machine_print_plan(const Run* run) { plan_print(stdout, &run->arena); }
 
-static real* numbers_at(Run* run, Numbers what, const Tensor* t, size_t first) {
+static real* numbers_at(Run* run, NumberKind what, const Tensor* t, size_t first) {
     Model* m = &run->model;
     switch (what) {
         case NUMBERS_PARAMS: return m->params + t->first + first;
@@ -1942,11 +1942,11 @@ static real* numbers_at(Run* run, Numbers what, const Tensor* t, size_t first) {
     return NULL;
 }
 
-static void machine_read(Run* run, Numbers what, const Tensor* t, size_t first, size_t count, real* numbers) {
+static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, real* numbers) {
     memcpy(numbers, numbers_at(run, what, t, first), sizeof(real) * count);
 }
 
-static void machine_write(Run* run, Numbers what, const Tensor* t, size_t first, size_t count,
+static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count,
                           const real* numbers) {
     memcpy(numbers_at(run, what, t, first), numbers, sizeof(real) * count);
 }

@@ -2394,7 +2394,7 @@ static void device_layout(DeviceModel* d, const Model* host) {
     d->m.size = end;
 }
 
-// Numbers of the head's gradient, where the head is
+// NumberKind of the head's gradient, where the head is
 static size_t head_size(const Model* m) {
     return holds_head(m) ? (size_t)padded_vocabulary(&m->c) * (size_t)m->c.C : 0;
 }
@@ -3344,7 +3344,7 @@ static void machine_print_plan(const Run* run) {
 
 // --- parameters and moments, tensor by tensor: the device's layout has gaps
 
-static float* device_numbers(const Gpu* g, Numbers what, const Tensor* t) {
+static float* device_numbers(const Gpu* g, NumberKind what, const Tensor* t) {
     const Model* m = &g->model.m;
     switch (what) {
         case NUMBERS_PARAMS: return m->params + t->first;
@@ -3360,7 +3360,7 @@ static const Tensor* device_tensor(const Gpu* g, const Run* run, const Tensor* t
     return &g->model.m.tensors[t - run->model.tensors];
 }
 
-static void machine_read(Run* run, Numbers what, const Tensor* t, size_t first, size_t count, real* numbers) {
+static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, real* numbers) {
     Gpu* g = gpu_of(run);
     CUDA(cudaMemcpyAsync(numbers, device_numbers(g, what, device_tensor(g, run, t)) + first, count * sizeof(float),
                          cudaMemcpyDeviceToHost, g->stream));
@@ -3368,7 +3368,7 @@ static void machine_read(Run* run, Numbers what, const Tensor* t, size_t first, 
 }
 
 // Of parameters the copies too, as the rank that updated them has made its own
-static void machine_write(Run* run, Numbers what, const Tensor* t, size_t first, size_t count, const real* numbers) {
+static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, const real* numbers) {
     Gpu* g = gpu_of(run);
     const Tensor* d = device_tensor(g, run, t);
     float* to = device_numbers(g, what, d) + first;
@@ -3379,7 +3379,7 @@ static void machine_write(Run* run, Numbers what, const Tensor* t, size_t first,
     CUDA(cudaStreamSynchronize(g->stream));
 }
 
-static void load_numbers(Gpu* g, const Run* run, Numbers what, const real* host) {
+static void load_numbers(Gpu* g, const Run* run, NumberKind what, const real* host) {
     for (int i = 0; i < run->model.tensor_count; i++) {
         const Tensor *h = &run->model.tensors[i], *d = &g->model.m.tensors[i];
         bool moments = what == NUMBERS_ADAM_M || what == NUMBERS_ADAM_V;

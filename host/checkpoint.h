@@ -35,7 +35,7 @@ static void export_shape(SafeOut* out, int rank, size_t a, size_t b, size_t c, s
     for (int i = 0; i < rank; i++) out->shape[i] = shape[i];
 }
 
-// Numbers as fp32: themselves, or a copy in the double build
+// NumberKind as fp32: themselves, or a copy in the double build
 static SafeOut* export_real(Export* x, const char* prefix, const char* name, const real* numbers,
                             size_t count) {
     const void* data = numbers;
@@ -119,7 +119,7 @@ static void log_end(Run* run) {
 // One tensor's parameters or moments, at `offset` of the file, by the first of those that hold it; its
 // digest. The others send the moments that are theirs. After a failed write, which leaves its reason in e,
 // moments are received all the same.
-static void write_numbers(Run* run, ReplacedFile* file, Numbers what, const Tensor* t, uint64_t offset,
+static void write_numbers(Run* run, ReplacedFile* file, NumberKind what, const Tensor* t, uint64_t offset,
                           uint64_t* digest, Error* e) {
     enum { SLICE = 1 << 18 };
     Holders h = holders_of(&run->pipe, t);
@@ -163,7 +163,7 @@ static void gather_digests(const Run* run, uint64_t* digests, int count) {
 // Writes a checkpoint, every rank what it holds. The leader creates the file, adds the header when the
 // digests are known, and gives it its name. False on every rank if it failed on one.
 static bool write_checkpoint(Run* run, const char* path, const Export* x, const Metadata* d, Error* e) {
-    static const Numbers kinds[] = {NUMBERS_PARAMS, NUMBERS_ADAM_M, NUMBERS_ADAM_V};
+    static const NumberKind kinds[] = {NUMBERS_PARAMS, NUMBERS_ADAM_M, NUMBERS_ADAM_V};
     ReplacedFile file = {path, NULL, -1};
     size_t bytes;
     int count = run->model.tensor_count;
