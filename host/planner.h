@@ -17,7 +17,7 @@ typedef struct {
     const int* layers;          // (stages) blocks of each; NULL: the planner chooses
 } PlannerInput;
 
-enum { PLANNER_ACTIONS = 1 << 17 };     // of a step: more are estimated, not simulated
+enum { PLANNER_ACTIONS = 1 << 17, PLANNER_RANKS = 64 };     // of longer steps, a smaller one is simulated
 enum { PLANNER_SEARCH = 1 << 21 };      // simulated in search of the blocks of each stage
 enum { MLA_LATENT = 512, MLA_ROPE = 64, MLA_HEAD = 128 };
 
@@ -93,9 +93,9 @@ static inline double planner_parameters(const PlannerInput* in, bool met) {
 
 typedef struct {
     PlannerInput in;
-    Schedule s;
+    Schedule s, simulated;      // the second is smaller, of even stages, where the first is too long
     int stages, *layers;        // (stages)
-    ActionList* lists;          // (P), or NULL: too long
+    ActionList* lists;          // (P) of `simulated`
     StageCost* stage;           // (stages) seconds
     double *work, *busy;        // (P) seconds of a step: added up, simulated
     double most_work;           // of a rank
@@ -125,28 +125,36 @@ static inline void planner_costs(Planner* p) {
     }
 }
 
-// Where the lists are too long: the slowest rank or link, and the bubble of even stages.
-static inline double planner_estimate(const Planner* p, double message) {
-    bool two = p->s.kind == PIPELINE_DUALPIPE, flat = p->s.kind == PIPELINE_1F1B;
-    double F = 0, B = 0, W = 0, pair = p->in.pair, H = two ? p->s.P / 2 : p->s.P;
-    for (int k = 0; k < p->stages; k++) {
-        const StageCost* c = &p->stage[k];
-        F += c->F / p->stages, W += c->W / p->stages, B += (c->R + c->I + c->W) / p->stages;
-    }
-    double bubble = flat ? F + B : pair > 0 ? pair * (F + B) + B - 3 * W : F;
-    double link = p->s.M * message * (flat || two ? 1 : 2);
-    return fmax(p->most_work, link) + (H - 1) * (bubble + 2 * message);
-}
-
 // Seconds that a message `width` streams wide takes.
 static inline double planner_message(const PlannerInput* in, int width, double link_gbs) {
     return link_gbs > 0 ? (double)width * in->B * in->T * in->C * in->bytes / (link_gbs * 1e9) : 0;
 }
 
+static inline bool planner_exact(const Planner* p) {
+    return p->simulated.P == p->s.P && p->simulated.M == p->s.M;
+}
+
+// The smaller step of even stages, made larger, and what the slowest rank has to do beyond the mean.
+static inline double planner_estimate(const Planner* p, double message) {
+    StageCost even[2 * PLANNER_RANKS];
+    double busy[PLANNER_RANKS], work = 0, part = 1.0 / p->stages;
+    int stages = schedule_stages(&p->simulated);
+    memset(even, 0, sizeof even);
+    for (int k = 0; k < p->stages; k++) {
+        even[0].F += part * p->stage[k].F, even[0].R += part * p->stage[k].R;
+        even[0].I += part * p->stage[k].I, even[0].W += part * p->stage[k].W;
+    }
+    for (int k = 1; k < stages; k++) even[k] = even[0];
+    for (int rank = 0; rank < p->s.P; rank++) work += p->work[rank] / p->s.P;
+    ScheduleCosts costs = {even, p->in.pair, message};
+    double span = schedule_simulate(&p->simulated, p->lists, &costs, busy);
+    return span * p->s.M / p->simulated.M + p->most_work - work;
+}
+
 // Seconds of a step; fills p->busy.
 static inline double planner_span(Planner* p, double message) {
     ScheduleCosts costs = {p->stage, p->in.pair, message};
-    if (p->lists) return schedule_simulate(&p->s, p->lists, &costs, p->busy);
+    if (planner_exact(p)) return schedule_simulate(&p->s, p->lists, &costs, p->busy);
     memcpy(p->busy, p->work, (size_t)p->s.P * sizeof(double));
     return planner_estimate(p, message);
 }
@@ -168,7 +176,7 @@ static inline void planner_choose(Planner* p) {
     planner_costs(p);
     double message = planner_message(&p->in, p->in.n, p->in.link_gbs), cost = 4.0 * p->s.P * p->s.M;
     double best = planner_span(p, message), before = INFINITY;
-    for (double left = PLANNER_SEARCH; best < before && p->lists;) {
+    for (double left = PLANNER_SEARCH; best < before && planner_exact(p);) {
         int from = 0, to = 0;
         before = best;
         for (int move = 0; move < S * S && left > cost; move++) {
@@ -185,17 +193,23 @@ static inline void planner_choose(Planner* p) {
 }
 
 static inline Planner planner_open(const PlannerInput* in) {
-    Planner p = {*in, {in->kind, in->P, in->M}, 0, NULL, NULL, NULL, NULL, NULL, 0};
+    Schedule s = {in->kind, in->P, in->M};
+    Planner p = {*in, s, s, 0, NULL, NULL, NULL, NULL, NULL, 0};
     size_t stages = (size_t)schedule_stages(&p.s);
     p.stages = (int)stages;
     p.layers = (int*)allocate(stages, sizeof(int));
     p.stage = (StageCost*)allocate(stages, sizeof(StageCost));
     p.work = (double*)allocate(2 * (size_t)in->P, sizeof(double));
     p.busy = p.work + in->P;
-    if (4.0 * in->P * in->M <= PLANNER_ACTIONS) {
-        p.lists = (ActionList*)allocate((size_t)in->P, sizeof(ActionList));
-        for (int rank = 0; rank < in->P; rank++) p.lists[rank] = schedule_actions(&p.s, rank, false);
+    if (4.0 * in->P * in->M > PLANNER_ACTIONS) {
+        int P = in->P < PLANNER_RANKS ? in->P : PLANNER_RANKS, most = PLANNER_ACTIONS / (4 * P);
+        double M = fmax(1, (double)in->M * P / in->P);
+        p.simulated.P = P;
+        p.simulated.M = M < most ? (int)M : most;
     }
+    p.lists = (ActionList*)allocate((size_t)p.simulated.P, sizeof(ActionList));
+    for (int rank = 0; rank < p.simulated.P; rank++)
+        p.lists[rank] = schedule_actions(&p.simulated, rank, false);
     if (in->layers) memcpy(p.layers, in->layers, stages * sizeof(int));
     else planner_choose(&p);
     planner_costs(&p);
@@ -203,7 +217,7 @@ static inline Planner planner_open(const PlannerInput* in) {
 }
 
 static inline void planner_close(Planner* p) {
-    for (int rank = 0; rank < p->s.P && p->lists; rank++) free(p->lists[rank].at);
+    for (int rank = 0; rank < p->simulated.P; rank++) free(p->lists[rank].at);
     free(p->lists);
     free(p->layers);
     free(p->stage);
@@ -323,7 +337,7 @@ static inline void planner_print(FILE* out, const PlannerInput* in) {
     fprintf(out, "machine: %d x %d ranks of %g TFLOP/s at %g %%, links of %g GB/s each way\n", in->P, in->D,
             in->tflops, 100 * in->efficiency, in->link_gbs);
     fprintf(out, "step: %d micro-batches of %d x %d tokens, %.4g s, %.4g tokens/s in all%s\n", in->M, in->B,
-            in->T, span, tokens / span, p.lists ? "" : " (estimated, too long to be simulated)");
+            in->T, span, tokens / span, planner_exact(&p) ? "" : " (estimated from a smaller one)");
     fprintf(out, "bubble: %.2f %%; %.2f %% if messages took no time\n", 100 - 100 * planner_part(&p, span),
             100 - 100 * at_best);
     fprintf(out, "blocks of the stages: ");

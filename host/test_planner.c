@@ -30,6 +30,11 @@ static void test_sizes(void) {
               met);
     }
     check(!planner_preset("paper-4b", &in), "no other model is known");
+    planner_preset("paper-3b", &in);
+    PlannerBlock b = planner_block(&in, false);
+    check(b.attention == 2 * 4096 * 16 * (192 + 128)
+          && b.kept == 6 * 1280 + 4 * 24 + 2 * 16 * 192 + 576 + 2 * 16 * 128 + 16 + 3 * 896 * 8,
+          "a block of paper-3b: scores over 192, sums over 128 channels, %g values kept", b.kept);
 }
 
 static void test_time(void) {
@@ -63,6 +68,14 @@ static void test_flop(void) {
     double block = 6 * (12e4 + 2 * 24 * 400) + 12 * 100 * 50 + 2 * 6 * 24 * 100;
     check(near(p.work[0] * 13e6, 3 * 50 * (2 * block + 6e5)), "3 micro-batches with connections: %.0f FLOP",
           p.work[0] * 13e6);
+    double work = p.work[0];
+    planner_close(&p);
+    in.kind = PIPELINE_DUALPIPEV;
+    static const int layers[] = {2, 0};
+    in.layers = layers;
+    p = planner_open(&in);
+    check(fabs((p.work[0] - work) * 13e6 - 3 * 50 * 3 * 2 * 5 * 400) < 1e-3,
+          "a stage of 4 sublayers writes the streams of 3 again");
     planner_close(&p);
 }
 
@@ -74,6 +87,10 @@ static void test_memory(void) {
           "2 x (12 C C + 13 C) + (V + T + 2) C parameters, 16 bytes each, two gradients of the head");
     check(m.kept == 200 * (4 * 100 + 2 * 1802) && m.buffers == 200 * (1000 + 5 * 100),
           "a token keeps 4 streams and twice 18 C + 2, logits and 5 streams are shared");
+    planner_close(&p);
+    in = small(PIPELINE_1F1B, 2, 8);
+    p = planner_open(&in);
+    check(planner_memory(&p, 1).parameters == 121300 * p.layers[1] + 200 + 100000, "1f1b has two heads");
     planner_close(&p);
     in = small(PIPELINE_DUALPIPEV, 2, 8);
     in.bytes = 2, in.D = 4;
@@ -121,16 +138,21 @@ static void test_splits(void) {
         }
 }
 
-// Even stages: what is added up beyond PLANNER_ACTIONS is what the simulation says.
+// 256 micro-batches on 128 ranks are just simulated, 257 estimated; messages take up to 8 times a stage's F.
 static void test_estimate(void) {
+    static const double messages[] = {0, 0.25, 8};
     for (int kind = PIPELINE_1F1B; kind <= PIPELINE_DUALPIPE; kind++) {
-        PlannerInput in = small(kind, 64, 256);
-        in.L = kind == PIPELINE_DUALPIPEV ? 128 : 64, in.V = 1;
-        Planner p = planner_open(&in);
-        double simulated = planner_span(&p, 0), estimated = planner_estimate(&p, 0);
-        check(p.lists && fabs(estimated / simulated - 1) < 0.01,
-              "64 ranks: %.1f s estimated, %.1f s simulated", estimated, simulated);
+        PlannerInput in = small(kind, 128, 256), more = small(kind, 128, 257);
+        in.L = more.L = kind == PIPELINE_DUALPIPEV ? 256 : 128, in.V = more.V = 1;
+        Planner p = planner_open(&in), q = planner_open(&more);
+        for (int i = 0; i < 3; i++) {
+            double simulated = planner_span(&p, messages[i]), estimated = planner_span(&q, messages[i]);
+            check(planner_exact(&p) && !planner_exact(&q) && fabs(estimated / simulated - 1) < 0.01,
+                  "128 ranks, messages of %g s: simulated %.1f s, a little more estimated %.1f s",
+                  messages[i], simulated, estimated);
+        }
         planner_close(&p);
+        planner_close(&q);
     }
 }
 
@@ -150,7 +172,7 @@ static void test_page(void) {
     planner_print(file, &in);
     fclose(file);
     double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
-    check(strstr(text, "estimated") && strstr(text, "\n  4095 ") && seconds < 1,
+    check(strstr(text, "estimated") && strstr(text, "\n  4095 ") && seconds < 2,
           "a page for 4096 ranks takes %.2f s", seconds);
 }
 

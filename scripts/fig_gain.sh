@@ -1,83 +1,49 @@
 #!/bin/sh
-# The paper's central figure, on two cores in minutes: plain residual, HC and mHC train on the same data from
-# the same start. Loss over the steps, and what 60 sublayers (as in the paper's largest model) multiply
-# a signal and a gradient by.
-#     sh scripts/fig_gain.sh [TEXT.txt] [--steps 200, or other options of train_gpt_mhc]
-# Without a text the built-in corpus is trained on. Writes out/fig_gain/{plain,hc,mhc}/run.jsonl and gain.csv
-# beside them, and gain.svg where there is a Python 3.
-set -eu
+# The paper's central figure (Fig. 3 and 7): what the mixing matrices, one by one and multiplied up to the
+# end, multiply a signal (forward, row sums) and a gradient (backward, column sums) by, over steps and
+# sublayers.
+#     sh scripts/fig_gain.sh [--scale tiny|gpu|a100] [--layers 30 --steps 600] [--help]
+PYTHONPATH=$(dirname "$0") exec "${PYTHON:-/usr/bin/python3}" - "$@" << 'FIGURE'
+from figures import *
 
-case "${1:---}" in
---*) ;;
-*)  [ -f "$1" ] || { echo "$1: found no file, expected a .txt to train on" >&2; exit 2; }
-    text=$(realpath "$1")
-    shift
-    set -- --data "$text" "$@" ;;
-esac
-cd "$(dirname "$0")/.."
-make -s train_gpt_mhc
-dir=out/fig_gain
-mkdir -p $dir
-cat > $dir/recipe.cfg <<'RECIPE'
-layers = 30
-width = 64
-heads = 4
-seq = 64
-batch = 6
-steps = 600
-lr = 3e-3
-warmup = 50
-gain-every = 10
-val-every = 0       # at the end
-tokens = 1          # almost no sample
-overwrite = true
-RECIPE
+fig = Figure("gain", "What the residual connections multiply a signal and a gradient by", arms=("hc", "mhc"),
+             tiny=dict(layers=24, batch=6, gain_every=10), gpu=dict(layers=24, gain_every=20))
+runs = {(arm, seed): fig.run(arm, seed) for seed in fig.seeds for arm in fig.arms}
+fig.train()
 
-# Results do not depend on the number of threads, and models this narrow gain nothing from many.
-threads=$(($(getconf _NPROCESSORS_ONLN) / 2))
-[ $threads -ge 1 ] || threads=1
-[ $threads -le 4 ] || threads=4
-
-# A run that was interrupted ends well too, but is not done.
-run() {
-    residual=$1
-    shift
-    OMP_NUM_THREADS=$threads ./train_gpt_mhc --config $dir/recipe.cfg --residual "$residual" \
-        --out "$dir/$residual" "$@" > "$dir/$residual.log" && grep -q '^done' "$dir/$residual.log" && return
-    echo "$residual: did not finish, see above and $dir/$residual.log" >&2
-    return 1
-}
-
-# One row a step; a cell is empty where nothing was measured.
-rows() {
-    awk -v residual="$1" '
-        function value(key,    found) {
-            if (!match($0, "\"" key "\":[^,}]*")) return ""
-            found = substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3)
-            return found == "null" ? "" : found
-        }
-        index($0, "{\"type\":\"step\"") == 1 {
-            if (row) print row ","
-            row = residual "," value("step") "," value("loss") "," value("grad_norm")
-            row = row "," value("gain_fwd") "," value("gain_bwd")
-        }
-        index($0, "{\"type\":\"val\"") == 1 { print row "," value("loss"); row = "" }
-        END { if (row) print row "," }' "$dir/$1/run.jsonl"
-}
-
-echo "training plain, then hc, and beside them mhc: some minutes, progress in $dir/*.log"
-{ run plain "$@" && run hc "$@"; } &
-run mhc "$@" || failed=yes
-wait $! || failed=yes
-[ -z "${failed-}" ] || exit 1
-echo residual,step,loss,grad_norm,gain_fwd,gain_bwd,val_loss > $dir/gain.csv
-for residual in plain hc mhc; do
-    rows $residual >> $dir/gain.csv
-    echo "$residual: $(grep '^step' $dir/$residual.log | tail -n 1)"
-done
-if command -v python3 > /dev/null; then
-    python3 scripts/fig_gain.py $dir
-    echo "$dir/gain.csv, $dir/gain.svg"
-else
-    echo "$dir/gain.csv; without python3 no figure was drawn, scripts/fig_gain.py $dir draws it"
-fi
+about = "solid: forward, dashed: backward; thick: largest, thin: smallest; mean over tokens and seeds"
+(over_steps, composite), (single, nearness) = fig.panels(2, rows=2, height=6.8, about=about)
+rows = []
+for arm in fig.arms:
+    colour, mine = STYLE[arm][1], [runs[arm, seed] for seed in fig.seeds]
+    steps = mine[0].gain_steps
+    for side in DASH:
+        look = dict(color=colour, linestyle=DASH[side], label=name_of(arm) if side == "forward" else None)
+        largest = np.array([run.gain(f"composite_{side}_max").max(1) for run in mine])
+        band(over_steps, steps, largest.mean(0), largest.min(0), largest.max(0), arm, **look)
+        low = np.array([run.gain(f"composite_{side}_min").min() for run in mine])
+        fig.say(f"{name_of(arm)}, {side}: composite gain at most {largest.max():.6g} (seeds: "
+                f"{', '.join(f'{x:.5g}' for x in largest.max(1))}), at least {low.min():.4g}")
+        for axis, what in ((composite, "composite"), (single, "sublayer")):
+            high = np.mean([run.gain(f"{what}_{side}_max")[-1] for run in mine], 0)
+            low = np.mean([run.gain(f"{what}_{side}_min")[-1] for run in mine], 0)
+            axis.plot(high, **look)
+            axis.plot(low, **look | {"linewidth": 0.8, "label": None})
+            rows += [[what, arm, side, k, float(h), float(l)] for k, (h, l) in enumerate(zip(high, low))]
+            if arm == "mhc":
+                off = np.maximum(np.maximum(high - 1, 1 - low), 1e-9)
+                nearness.plot(off, color=PALETTE[0 if what == "composite" else 4], linestyle=DASH[side],
+                              label=f"{'to the end' if what == 'composite' else 'one sublayer'}, {side}")
+        rows += [["over steps", arm, side, step, float(x), ""] for step, x in zip(steps, largest.mean(0))]
+for axis in (over_steps, composite, single):
+    axis.set(yscale="log", ylabel="gain, times")
+over_steps.set(xlabel="step", title="composite, largest over the sublayers")
+composite.set(xlabel="from sublayer ... to the end", title="composite, after the last step")
+single.set(xlabel="sublayer", title="one sublayer, after the last step")
+nearness.set(yscale="log", xlabel="sublayer", ylabel="|gain - 1|, the larger side",
+             title=f"how near mHC is to 1 ({fig.settings.get('sinkhorn_iters', 20)} iterations)")
+over_steps.legend()
+nearness.legend(fontsize=8)
+fig.table(["what", "arm", "side", "step_or_sublayer", "largest", "smallest"], rows)
+fig.save()
+FIGURE

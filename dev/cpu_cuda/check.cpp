@@ -235,7 +235,7 @@ void check_unwatched(const Event& e) {
     if (e.address - (uintptr_t)launch->arguments < launch->arguments_size) return;
     if (e.address - (uintptr_t)current->warp < sizeof(Warp)) return;
     if (on_fiber_stack(p) || may_be_device_pointer(p) || e.address < PAGE) return;
-    stop(place_of(e.where), "kernel %s host memory, %zu bytes at %p", verb_of(e), e.size, p);
+    stop(place_of(e.where), "kernel %s host memory", verb_of(e));
 }
 
 // What is after the new access, is after all that was before it; so it takes the place of such records.

@@ -7,13 +7,13 @@
 //                        ^ page or huge page                         ^ huge page
 //
 // Pages of device memory are closed until device code touches them (DeviceCode in runtime.h); pinned ones are
-// open. Every byte starts as 0xFF, a NaN, and slack still is after each launch. In a build with
-// AddressSanitizer memory is malloc'ed instead, and that reports.
+// open. Every byte starts as 0xFF, a NaN, and slack still is after each launch; AddressSanitizer watches it.
 
 #include "runtime.h"
 
 #include <elf.h>
 #include <execinfo.h>
+#include <sanitizer/asan_interface.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -36,7 +36,8 @@ typedef std::lock_guard<std::recursive_mutex> Lock;
 constexpr size_t PAGE = 4096, HUGE_PAGE = 2 << 20, ALIGNMENT = 256, RESERVED = (size_t)1 << 45;
 constexpr int ANEW = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 constexpr char FRESH = -1;                      // every byte of new memory: a NaN
-constexpr uintptr_t CLOSED = ~(uintptr_t)0 << 47;       // the kernel's half of the addresses
+constexpr uintptr_t END = (uintptr_t)1 << 47;   // of the addresses
+constexpr uintptr_t CLOSED = END >> 1;          // changes one of used memory to one that is not used
 
 enum Kind { DEVICE, PINNED };
 
@@ -89,7 +90,7 @@ bool is_device(const void* p) { return live_region(p) && live_region(p)->kind ==
 
 // Is it data, heap, a stack or the like of the host? A check build watches all but the program's data itself.
 bool is_host_memory(uintptr_t p) {
-    if (p < (uintptr_t)&etext || p >= (checking ? (uintptr_t)&_end : -CLOSED)) return false;
+    if (p < (uintptr_t)&etext || p >= (checking ? (uintptr_t)&_end : END)) return false;
     if (p - (uintptr_t)memory().reserved < RESERVED || region_near((void*)p)) return false;
     // Linux reads the signal set before it refuses -1: so this asks whether p can be read.
     return syscall(SYS_rt_sigprocmask, -1, p & -sizeof(long), nullptr, sizeof(long)) && errno != EFAULT;
@@ -139,7 +140,7 @@ void on_fault(int, siginfo_t* info, void* context) {
 // The handler runs on a stack of its own: a thread's may be what overflowed.
 void catch_faults() {
     static thread_local char* stack;
-    if (address_sanitizer || stack) return;
+    if (stack) return;
     const size_t size = 256 << 10;
     stack = (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, ANEW, -1, 0);
     stack_t other = {stack, 0, size};
@@ -225,11 +226,11 @@ void use_memory(const void* p, size_t size, bool write, const char* what) {
 
 void close_host_pointers(void* words, size_t size) {
     for (uintptr_t* word = (uintptr_t*)words; word < (uintptr_t*)words + size / sizeof *word; word++)
-        if (is_host_memory(*word)) *word |= CLOSED;
+        if (is_host_memory(*word)) *word ^= CLOSED;
 }
 
 void check_slack(const Launch& launch) {
-    for (const Region* r : memory().open) {
+    for (const Region* r : address_sanitizer ? std::set<Region*>() : memory().open) {
         const char* front = std::max(r->pages, r->base - PAGE);
         if (is_fresh(front, r->base) && is_fresh(r->end(), r->pages + r->pages_size)) continue;
         stop(launch.place, "out of bounds: kernel %s wrote just outside a device allocation of %zu bytes",
@@ -247,13 +248,6 @@ namespace {
 // Gives the region its addresses. False when there are none, or no memory behind them.
 bool find_place(Region* r) {
     Memory& m = memory();
-    if (address_sanitizer) {
-        void* p;
-        if (posix_memalign(&p, ALIGNMENT, r->size) != 0) return false;
-        r->base = r->zone = (char*)memset(p, FRESH, r->size);
-        r->zone_end = r->end() + 1;             // a pointer to the end is the region's
-        return true;
-    }
     // Opening and closing costs by the page: large memory has only huge ones, at the price of slack in front.
     size_t body = round_up(r->size, ALIGNMENT), gap = round_up(body, HUGE_PAGE);
     char* end = (char*)round_up((size_t)m.next + HUGE_PAGE + body, HUGE_PAGE);
@@ -264,6 +258,10 @@ bool find_place(Region* r) {
     madvise(r->pages, r->pages_size, MADV_HUGEPAGE);
     memset(r->pages, FRESH, r->pages_size);
     r->base = end - body;
+    if (address_sanitizer) {
+        __asan_poison_memory_region(r->pages, r->pages_size);
+        __asan_unpoison_memory_region(r->base, r->size);
+    }
     r->zone = m.next;
     r->zone_end = m.next = end + gap;
     if (r->kind == DEVICE) r->protect(PROT_NONE);
@@ -282,8 +280,6 @@ cudaError_t new_allocation(void** pointer, size_t size, Kind kind) {
     if (kind == DEVICE) m.used += size;
     if (checking)                               // the host may have written pinned memory
         check::watch(region.base, size, kind == DEVICE ? check::UNWRITTEN : check::WRITTEN);
-    auto old = m.regions.upper_bound(region.base);      // malloc gives out addresses again
-    while (old != m.regions.end() && old->second.base < region.end()) old = m.regions.erase(old);
     m.regions[region.zone_end] = region;
     *pointer = region.base;
     return cudaSuccess;
@@ -299,8 +295,7 @@ cudaError_t free_allocation(void* pointer, Kind kind) {
     if (checking) check::freed(region->base, region->size);
     if (kind == DEVICE) memory().used -= region->size;
     region->live = false;
-    if (address_sanitizer) free(region->base);
-    else mmap(region->pages, region->pages_size, PROT_NONE, ANEW | MAP_FIXED, -1, 0);
+    mmap(region->pages, region->pages_size, PROT_NONE, ANEW | MAP_FIXED, -1, 0);
     return cudaSuccess;
 }
 
@@ -310,7 +305,7 @@ cudaError_t free_allocation(void* pointer, Kind kind) {
 // Is [p, p + size) all of it device memory, or none? Memory that was freed is neither device nor host.
 bool is_side(const void* p, size_t size, bool device) {
     if (!p || is_device(p) != device) return false;
-    return live_region(p) ? is_allocated(p, size) : address_sanitizer || !region_near(p);
+    return live_region(p) ? is_allocated(p, size) : !region_near(p);
 }
 
 void run_copy(void* to, const void* from, size_t size) {

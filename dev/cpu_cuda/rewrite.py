@@ -8,7 +8,7 @@ import re
 
 STRING = r'"(?:\\.|[^"\\\n])*"'
 LITERAL = re.compile(STRING + r"|'(?:\\.|[^'\\\n]){1,4}'")
-CONSTRUCT = re.compile(LITERAL.pattern + r'|<<\s*<(?!=)|\b__shared__\b|\basm\b')
+CONSTRUCT = re.compile(LITERAL.pattern + r'|<<\s*<(?!=)|\b__shared__\b|\basm\s*(?:(?:__)?volatile(?:__)?\s*)?\(')
 OPENING, CLOSING = '([{', ')]}'
 HERE = '{__builtin_FILE(), __builtin_LINE()}'
 
@@ -119,7 +119,6 @@ def rewrite_shared(text, match):
 # ------------------------------------------------------------------------------------------------
 # asm volatile("instruction operands;" : outputs : inputs : clobbers)
 
-ASM = re.compile(r'asm\s*(?:volatile\b|__volatile__\b)?\s*\(')
 OPERAND = re.compile(r'%(\d+)|(?<![\w.%])(\d+)(?![\w.])')
 
 
@@ -129,12 +128,9 @@ def operands_of(section):
 
 
 def rewrite_asm(text, match):
-    opening = ASM.match(text, match.start())
-    if not opening:
-        return match.start(), match.end(), match.group(0)
-    end = end_of(text, opening.end(), r'\)')
+    end = end_of(text, match.end(), r'\)')
     # `::` is an empty section; a scope's :: stands inside an operand's parentheses
-    template, *sections = split(text[opening.end():end.start()], ':')
+    template, *sections = split(text[match.end():end.start()], ':')
     expressions = [e for section in sections[:2] for e in operands_of(section)]
     source = ''.join(s[1:-1] for s in re.findall(STRING, template)).replace('\\n', ' ').replace('\\t', ' ')
     calls = []
@@ -152,20 +148,17 @@ def rewrite_asm(text, match):
 
 def rewrite(text):
     """The whole file. Raises Unreadable."""
-    result, done, i = [], 0, 0
-    while True:
+    result, done, match = [], 0, CONSTRUCT.search(text)
+    while match:
+        word, i = match.group(0), match.end()
+        if word[0] not in '"\'':
+            change = rewrite_shared if word[0] == '_' else rewrite_asm if word[0] == 'a' else rewrite_launch
+            begin, i, replacement = change(text, match)
+            lines = text.count('\n', begin, i) - replacement.count('\n')
+            result += [text[done:begin], replacement, '\n' * lines]
+            done = i
         match = CONSTRUCT.search(text, i)
-        if not match:
-            return ''.join(result) + text[done:]
-        word = match.group(0)
-        i = match.end()
-        if word[0] in '"\'':
-            continue
-        change = rewrite_shared if word == '__shared__' else rewrite_asm if word == 'asm' else rewrite_launch
-        begin, end, replacement = change(text, match)
-        lines = text.count('\n', begin, end) - replacement.count('\n')
-        result += [text[done:begin], replacement, '\n' * lines]
-        done = i = end
+    return ''.join(result) + text[done:]
 
 
 def place(text, position):

@@ -42,16 +42,14 @@ static void add_to(float* y, const float* x, float amount, cudaStream_t stream) 
 // ------------------------------------------------------------------------------------------------
 // Out of bounds
 
-// CASE off_by_one plain,check: 0 bytes past the end of a device allocation of 4096 bytes
-// CASE off_by_one address: heap-buffer-overflow
+// CASE off_by_one plain,check,address: 0 bytes past the end of a device allocation of 4096 bytes
 __global__ void off_by_one_kernel(float* y, int count) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     if (i <= count) y[i] = 1;                           // HERE off_by_one
 }
 static void off_by_one(void) { off_by_one_kernel<<<5, 256>>>(on_device(COUNT), COUNT); }
 
-// CASE window_before plain,check: 4 bytes before a device allocation of 4096 bytes
-// CASE window_before address: heap-buffer-overflow
+// CASE window_before plain,check,address: 4 bytes before a device allocation of 4096 bytes
 __device__ float window_sum(const float* x, int i) {
     float sum = 0;
     for (int k = 1; k >= -1; k--) sum += x[i + k];      // HERE window_before
@@ -68,7 +66,7 @@ __global__ void small_overrun_kernel(float* y) { y[threadIdx.x] = 1; }
 static void small_overrun(void) { small_overrun_kernel<<<1, 11>>>(on_device(10)); }     // HERE small_overrun
 
 // CASE small_overread check: 0 bytes past the end of a device allocation of 40 bytes
-// CASE small_overread address: heap-buffer-overflow
+// CASE small_overread address: use-after-poison
 __global__ void small_overread_kernel(float* y, const float* x) {
     y[threadIdx.x] = x[threadIdx.x];                    // HERE small_overread
 }
@@ -77,8 +75,7 @@ static void small_overread(void) { small_overread_kernel<<<1, 11>>>(on_device(11
 // ------------------------------------------------------------------------------------------------
 // Use after free
 
-// CASE freed_read plain,check: use after free: kernel reads 0 bytes into a device allocation of 4096 bytes
-// CASE freed_read address: heap-use-after-free
+// CASE freed_read plain,check,address: use after free: kernel reads 0 bytes into a device allocation of 4096 bytes
 __global__ void freed_read_kernel(float* y, const float* x) { *y = *x; }                // HERE freed_read
 static void freed_read(void) {
     float *x = on_device(COUNT), *y = on_device(COUNT);
@@ -86,8 +83,7 @@ static void freed_read(void) {
     freed_read_kernel<<<1, 1>>>(y, x);
 }
 
-// CASE freed_in_struct plain,check: use after free: kernel writes 4092 bytes into
-// CASE freed_in_struct address: heap-use-after-free
+// CASE freed_in_struct plain,check,address: use after free: kernel writes 4092 bytes into
 typedef struct {
     float *kept, *freed;
 } Buffers;
@@ -104,8 +100,7 @@ static void freed_in_struct(void) {
     freed_in_struct_kernel<<<8, 128>>>(buffers);
 }
 
-// CASE freed_pinned plain,check: bytes into a pinned allocation of 4096 bytes that was freed
-// CASE freed_pinned address: heap-use-after-free
+// CASE freed_pinned plain,check,address: bytes into a pinned allocation of 4096 bytes that was freed
 static void freed_pinned(void) {
     float* p = pinned(1);
     OK(cudaFreeHost(p));
@@ -124,7 +119,7 @@ static void deep_recursion(void) { deep_recursion_kernel<<<1, 1>>>(on_device(COU
 // ------------------------------------------------------------------------------------------------
 // Host and device memory mixed up
 
-// CASE host_sums_device plain,check: host code touches device memory: host code reads
+// CASE host_sums_device plain,check,address: host code touches device memory: host code reads
 static void host_sums_device(void) {
     float sum = 0, *x = on_device(COUNT);
     add_to(x, x, 1, 0);
@@ -132,36 +127,32 @@ static void host_sums_device(void) {
     expect(sum == COUNT);
 }
 
-// CASE host_fills_device plain,check: host code touches device memory: host code writes
+// CASE host_fills_device plain,check,address: host code touches device memory: host code writes
 static void host_fills_device(void) {
     float* x = on_device(COUNT);
     memset(x, 0, BYTES);                                // HERE host_fills_device
 }
 
-// CASE host_updates_device plain,check: 20 bytes into a device allocation of 4096 bytes
+// CASE host_updates_device plain,check,address: 20 bytes into a device allocation of 4096 bytes
 static void bump(float* p) { *p += 1; }                 // HERE host_updates_device
 static void host_updates_device(void) { bump(on_device(COUNT) + 5); }
 
-// CASE argument_malloc plain,check: kernel reads host memory
-// CASE argument_malloc address: SEGV
+// CASE argument_malloc plain,check,address: kernel reads host memory
 static void argument_malloc(void) { add_to(on_device(COUNT), (float*)malloc(BYTES), 1, 0); }
 
-// CASE argument_stack plain,check: kernel writes host memory
-// CASE argument_stack address: SEGV
+// CASE argument_stack plain,check,address: kernel writes host memory
 static void argument_stack(void) {
     float result[4];
     add<<<1, 4>>>(result, on_device(COUNT), 1, 4);
 }
 
-// CASE argument_global plain,check: kernel reads host memory
-// CASE argument_global address: SEGV
+// CASE argument_global plain,check,address: kernel reads host memory
 static float table[4];
 static void argument_global(void) {
     add<<<1, 4>>>(on_device(COUNT), table, 1, 4);
 }
 
-// CASE host_in_struct plain,check: kernel writes host memory
-// CASE host_in_struct address: SEGV
+// CASE host_in_struct plain,check,address: kernel writes host memory
 __global__ void host_in_struct_kernel(Buffers buffers) {
     buffers.kept[threadIdx.x] = 1;
     if (threadIdx.x == 3) buffers.freed[threadIdx.x] = 1;       // HERE host_in_struct

@@ -189,8 +189,7 @@ __global__ void misaligned_atomic(int* p) {
     atomicAdd((unsigned long long*)(p + threadIdx.x), 1ull);            // HERE misaligned_atomic
 }
 
-// CASE large_array plain,check: stack overflow
-// CASE large_array address: stack-overflow
+// CASE large_array plain,check,address: stack overflow
 __global__ void large_array(int* p) {
     int local[100000];
     for (int i = 0; i < 100000; i++) local[i] = p[i % 8];

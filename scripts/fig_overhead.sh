@@ -1,0 +1,66 @@
+#!/bin/sh
+# What each mode's step takes over plain's, in turn on one machine. The paper's 6.7 % is another quantity:
+# what mHC adds to a stage of its pipeline, with fused kernels and communication overlapped, at 27 B
+# parameters.
+#     sh scripts/fig_overhead.sh [--scale tiny|gpu|a100] [--widths 128,384] [--also FILE.csv] [--help]
+# --also adds what was measured elsewhere: tables, with commas between, that this script wrote there.
+PYTHONPATH=$(dirname "$0") exec "${PYTHON:-/usr/bin/python3}" - "$@" << 'FIGURE'
+from figures import *
+
+RUNGS = {"plain": dict(arm="plain"), "HC": dict(arm="hc"), "iHC": dict(arm="ihc"), "mHC": dict(arm="mhc"),
+         "mHC, recompute": dict(arm="mhc", recompute="auto")}
+FUSED = {"mHC, fused kernels": dict(arm="mhc", kernels="fused"),
+         "mHC, fused kernels, recompute": dict(arm="mhc", kernels="fused", recompute="auto")}
+PAPER = 6.7
+fig = Figure("overhead", "What a step takes more than a plain residual's", width=None, val_batches=1,
+             gain_every=0, also="",
+             tiny=dict(layers=4, heads=4, seq=128, batch=4, steps=40, widths=(256,), seeds=(1, 2)),
+             gpu=dict(layers=8, heads=4, seq=1024, batch=8, steps=60, widths=(256, 512)),
+             a100=dict(layers=8, heads=8, micro_batches=1, steps=100, widths=(512, 1024)))
+others = [path for path in fig.settings.pop("also").split(",") if path]
+rungs = RUNGS if fig.scale == "tiny" else RUNGS | FUSED
+runs = {(width, rung, seed): fig.run(**options, seed=seed, width=width)
+        for seed in fig.seeds for width in fig.widths for rung, options in rungs.items()}
+fig.settings["shape"] = f"{fig.layers} blocks of width {', '.join(map(str, fig.widths))}"
+fig.jobs = 1                    # nothing beside what is timed
+fig.train()
+
+
+def fast(run):
+    """ms that a tenth of the steps stay below: what else runs on a machine makes steps slower, not faster"""
+    return float(np.percentile(run.column("step_ms")[2:], 10))
+
+
+rows = []
+for width in fig.widths:
+    base = np.array([fast(runs[width, "plain", seed]) for seed in fig.seeds])
+    for rung in rungs:
+        times = np.array([fast(runs[width, rung, seed]) for seed in fig.seeds])
+        mean, half = interval(100 * (times / base - 1))
+        device = runs[width, rung, fig.seeds[0]].lines("run")[-1]["device"]
+        rows.append([device, width, rung, float(np.median(times)), float(mean), float(half)])
+        if rung != "plain":
+            fig.say(f"width {width}, {rung}: {np.median(times):.1f} ms a step, {mean:+.1f} +- {half:.1f} % "
+                    f"over plain (95 %, {len(fig.seeds)} repetitions)")
+header = ["device", "width", "rung", "step_ms", "percent_over_plain", "half_width"]
+for path in others:
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            numbers = [float(row[name]) for name in header[3:]]
+            rows.append([row["device"], int(row["width"]), row["rung"], *numbers])
+bars = [row for row in rows if row[2] != "plain"]
+axis = fig.panels(1, height=1.5 + 0.26 * len(bars), about="bars: 95 % of the mean")
+places = {group: k for k, group in enumerate(dict.fromkeys((row[0], row[1]) for row in rows))}
+for k, (device, width, rung, _, mean, half) in enumerate(bars):
+    axis.barh(-k, mean, 0.7, color=PALETTE[places[device, width] % len(PALETTE)], alpha=0.8,
+              label=f"{device}, width {width}")
+    axis.errorbar(mean, -k, xerr=np.nan_to_num(half), color=INK, capsize=2, linewidth=1)
+axis.axvline(PAPER, color=SOFT, linewidth=1, linestyle=(0, (4, 2)),
+             label=f"paper: {PAPER} % of an overlapped pipeline stage")
+axis.set_yticks([-k for k in range(len(bars))], [row[2] for row in bars])
+axis.set_xlabel("time of a step over plain's, %")
+handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
+axis.legend(handles.values(), handles.keys(), fontsize=8)
+fig.table(header, rows)
+fig.save()
+FIGURE
