@@ -99,7 +99,8 @@ endif
 NVCC_FLAGS = -std=c++17 $(NVCC_OPT) -arch=$(or $(ARCH),sm_80) -DPRECISION_$(PRECISION) -DGIT_HASH='"$(GIT_HASH)"' -D_GNU_SOURCE \
              -Xcompiler -Wall,-Wextra,-Wno-unused-function,-fopenmp -Xcompiler -ffp-contract=fast
 
-# Attention by cuDNN: USE_CUDNN=1, and CUDNN_FRONTEND=folder where the headers of cudnn-frontend are not found without.
+# Attention by cuDNN: USE_CUDNN=1, and CUDNN_FRONTEND=folder with the headers of cudnn-frontend where they are elsewhere.
+CUDNN_FRONTEND ?= $(wildcard build/cudnn_frontend/include)
 ifeq ($(USE_CUDNN),1)
 ifeq ($(PRECISION),FP32)
 $(error USE_CUDNN: found PRECISION=FP32, expected BF16)
@@ -107,7 +108,7 @@ endif
 CUDNN_HEADERS := $(addprefix -isystem ,$(CUDNN_FRONTEND))
 CUDNN := $(shell echo 'int main() { return cudnnGetVersion() == 0; }' > .probe.cc; $(NVCC) -x c++ $(CUDNN_HEADERS) -include cudnn.h -include cudnn_frontend_version.h .probe.cc -o .probe -lcudnn 2> /dev/null && echo build/attention_cudnn.o -lcudnn; rm -f .probe .probe.cc)
 ifeq ($(CUDNN),)
-$(error USE_CUDNN: found no cudnn.h, cudnn_frontend_version.h and -lcudnn that $(NVCC) links, expected cuDNN 9 and cudnn-frontend, install them or give CUDNN_FRONTEND=folder)
+$(error USE_CUDNN: found no cudnn.h, cudnn_frontend_version.h and -lcudnn that $(NVCC) links, expected cuDNN 9 and cudnn-frontend, run make deps or give CUDNN_FRONTEND=folder)
 endif
 NVCC_FLAGS += -DUSE_CUDNN
 endif

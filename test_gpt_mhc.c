@@ -142,6 +142,17 @@ static void randomise(Model* m, double sharpness, uint64_t seed) {
     }
 }
 
+// Gains of the last forward pass's first sequence
+static void rig_gains(const Rig* r, Gain* single, Gain* composite) {
+    const Config* c = &r->model.c;
+    size_t size = (size_t)(c->T * c->n * c->n);
+    double* mappings = (double*)allocate(2 * (size_t)c->L * size, sizeof(double));
+    for (int k = 0; k < 2 * c->L; k++)
+        residual_mappings(mappings + (size_t)k * size, c, r->acts.sub[k].coef, c->T);
+    model_gains(single, composite, c, mappings, c->T);
+    free(mappings);
+}
+
 // logits (rows, V) after model_forward
 static real* rig_logits(const Rig* r, int rows) {
     real* logits = numbers_of((size_t)rows * (size_t)r->model.c.V);
@@ -1022,7 +1033,7 @@ static double paper_gradient_error(Rig* r, int k, bool rms_fixed) {
     fill(dln, (size_t)width, 1, 2);
     memcpy(a->dstate, dy, sizeof(real) * (size_t)width);
     memcpy(a->dln, dln, sizeof(real) * (size_t)(rows * PAPER_C));
-    connection_write_backward(&r->model.c, a, a->dnarrow, a->state[k], &a->sub[k], rows);
+    connection_write_backward(&r->model.c, a, a->du, a->state[k], &a->sub[k], rows);
     connection_backward(&r->model, a, a->state[k], &a->sub[k], k, rows);
     for (int e = 0; e < width; e++) {
         int row = e / PAPER_K, i = e % PAPER_K;
@@ -1246,7 +1257,7 @@ static void test_gain_after_training(void) {
     rig_open(&r, &c, 2, 1);
     rig_train(&r, &o, 30);
     rig_loss(&r);
-    model_gains(single, composite, &c, &r.acts, c.T);
+    rig_gains(&r, single, composite);
     for (int k = 0; k < 2 * c.L; k++) {
         keep_worst(&worst, fabs(composite[k].forward_max - 1));
         keep_worst(&worst, fabs(composite[k].forward_min - 1));
@@ -1491,7 +1502,7 @@ static void test_gain_products(void) {
     rig_open(&r, &c, 1, 1);
     for (int k = 0; k < 2 * c.L; k++)
         fill(r.acts.sub[k].coef, (size_t)(c.T * coefficient_count(&c)), 2, (uint64_t)k);
-    model_gains(single, composite, &c, &r.acts, c.T);
+    rig_gains(&r, single, composite);
     for (int k = 0; k < 2 * c.L; k++) {
         memset(&expected, 0, sizeof expected);
         for (int t = 0; t < c.T; t++) {
@@ -1508,7 +1519,7 @@ static void test_gain_products(void) {
     rig_close(&r);
     c = small_config(RESIDUAL_PLAIN, 1);
     rig_open(&r, &c, 1, 1);
-    model_gains(single, composite, &c, &r.acts, c.T);
+    rig_gains(&r, single, composite);
     check(fabs(composite[0].forward_max - 1) <= 1e-15 && fabs(composite[0].backward_min - 1) <= 1e-15,
           "the plain residual has gain 1");
     rig_close(&r);

@@ -120,8 +120,8 @@ static LinearReference linear_reference(const LinearCase& c, uint64_t seed) {
     r.dbias = random_numbers(seed + 6, OC);
     linear_forward(r.out.data(), r.in.data(), r.weight.data(), r.bias.data(), c.rows, c.IC, c.OC);
     gelu_forward(r.gelu.data(), r.out.data(), r.out.size());
-    linear_backward(r.din.data(), r.dweight.data(), r.dbias.data(), r.dout.data(), r.in.data(),
-                    r.weight.data(), c.rows, c.IC, c.OC);
+    linear_backward_input(r.din.data(), r.dout.data(), r.weight.data(), c.rows, c.IC, c.OC);
+    linear_backward_weight(r.dweight.data(), r.dbias.data(), r.dout.data(), r.in.data(), c.rows, c.IC, c.OC);
     r.dgelu = r.din;
     gelu_backward(r.dgelu.data(), r.before.data(), r.dgelu.size());
     return r;
@@ -220,8 +220,8 @@ static void test_head_products(void) {
     LinearReference r = linear_reference(c, 700);
     std::vector<float> logits(r.out.size()), dwte = r.dweight, dbias(c.OC);
     linear_forward(logits.data(), r.in.data(), r.weight.data(), NULL, c.rows, c.IC, c.OC);
-    linear_backward(r.din.data(), dwte.data(), dbias.data(), r.dout.data(), r.in.data(), r.weight.data(),
-                    c.rows, c.IC, c.OC);
+    linear_backward_input(r.din.data(), r.dout.data(), r.weight.data(), c.rows, c.IC, c.OC);
+    linear_backward_weight(dwte.data(), dbias.data(), r.dout.data(), r.in.data(), c.rows, c.IC, c.OC);
     Device<floatX> in(r.in), weight(r.weight), dout(r.dout), out(r.out.size());
     Device<float> dweight(random_numbers(705, r.dweight.size()));
     linear_forward_gpu(&p.lt, out.at, NULL, in.at, weight.at, NULL, c.rows, c.IC, c.OC, 0);
@@ -1183,15 +1183,21 @@ struct OptimiserModel {
         for (size_t i = 0; i < x.size(); i++) x[i] = deviation * (float)normal(seed, i);
         return x;
     }
-    // Tensor by tensor: the device's layout has gaps
+    template <class T> bool is_moment(const T* device) const {
+        return (const void*)device == d.m.adam_m || (const void*)device == d.m.adam_v;
+    }
+    // Tensor by tensor: the device's layout has gaps, and moments have other ones
+    template <class T> size_t place(const T* device, int t) const {
+        return is_moment(device) ? d.m.tensors[t].moments : d.m.tensors[t].first;
+    }
     void put(float* device, const std::vector<float>& x) const {
         for (int t = 0; t < host.tensor_count; t++)
-            CUDA(cudaMemcpy(device + d.m.tensors[t].first, &x[host.tensors[t].first],
+            CUDA(cudaMemcpy(device + place(device, t), &x[host.tensors[t].first],
                             tensor_size(&host.tensors[t]) * sizeof(float), cudaMemcpyHostToDevice));
     }
     template <class T> std::vector<float> all(const T* device) const {      // with the gaps
-        std::vector<T> raw(d.m.size);
-        std::vector<float> x(d.m.size);
+        std::vector<T> raw(is_moment(device) ? d.m.moment_size : d.m.size);
+        std::vector<float> x(raw.size());
         CUDA(cudaMemcpy(raw.data(), device, raw.size() * sizeof(T), cudaMemcpyDeviceToHost));
         for (size_t i = 0; i < x.size(); i++) x[i] = host_float(raw[i]);
         return x;
@@ -1199,14 +1205,18 @@ struct OptimiserModel {
     template <class T> std::vector<float> get(const T* device) const {
         std::vector<float> x(host.size), gaps = all(device);
         for (int t = 0; t < host.tensor_count; t++)
-            memcpy(&x[host.tensors[t].first], &gaps[d.m.tensors[t].first],
+            memcpy(&x[host.tensors[t].first], &gaps[place(device, t)],
                    tensor_size(&host.tensors[t]) * sizeof(float));
         return x;
     }
     double norm() const {
-        Device<double> sum(1);
-        gradient_norm_gpu(&o, sum.at, d.m.grads, 0);
-        return sum.get_as<double>()[0];
+        Device<double> sums(host.tensor_count);
+        square_sums_gpu(&o, sums.at, d.m.grads, 0);
+        return norm_of_sums(sums.get_as<double>().data(), host.tensor_count);
+    }
+    void round(uint64_t seed, long step) const {                // all copies anew
+        for (int t = 0; t < d.m.tensor_count; t++)
+            round_piece_gpu(d.weights, d.m.params, &d.m.tensors[t], 0, tensor_size(&d.m.tensors[t]), seed, step, 0);
     }
 };
 
@@ -1230,9 +1240,9 @@ static void test_gradient_norm(void) {
     CHECK(fabs(norm - expected) <= 1e-13 * expected, "norm %g, expected %g", norm, expected);
 }
 
-static bool in_gap(const OptimiserModel& t, size_t i) {
+template <class T> static bool in_gap(const OptimiserModel& t, const T* device, size_t i) {
     for (int k = 0; k < t.host.tensor_count; k++)
-        if (i - t.d.m.tensors[k].first < tensor_size(&t.d.m.tensors[k])) return false;
+        if (i - t.place(device, k) < tensor_size(&t.d.m.tensors[k])) return false;
     return true;
 }
 
@@ -1240,7 +1250,7 @@ static bool in_gap(const OptimiserModel& t, size_t i) {
 template <class T> static bool gaps_are_zero(const OptimiserModel& t, const T* device) {
     std::vector<float> x = t.all(device);
     for (size_t i = 0; i < x.size(); i++)
-        if (x[i] != 0 && in_gap(t, i)) return false;
+        if (x[i] != 0 && in_gap(t, device, i)) return false;
     return true;
 }
 
@@ -1299,13 +1309,13 @@ static void test_copies_after_resume(void) {
     adamw_gpu(&t.o, &t.d, &u, 1337, 0);
     std::vector<float> before = t.get(t.d.weights);
     CUDA(cudaMemset(t.d.weights, 0, t.d.m.size * sizeof(floatX)));
-    round_weights_gpu(&t.o, t.d.weights, t.d.m.params, 1337, 5, 0);
+    t.round(1337, 5);
     compare("copies after resume", t.get(t.d.weights), before, 0);
     check_copies(t, "resume");
     if (sizeof(floatX) == 4) return;
-    round_weights_gpu(&t.o, t.d.weights, t.d.m.params, 1337, 6, 0);
+    t.round(1337, 6);
     CHECK(relative_error(t.get(t.d.weights), before) > 0, "another step has the same draws");
-    round_weights_gpu(&t.o, t.d.weights, t.d.m.params, 1338, 5, 0);
+    t.round(1338, 5);
     CHECK(relative_error(t.get(t.d.weights), before) > 0, "another seed has the same draws");
 }
 
@@ -1313,7 +1323,7 @@ static void test_copies_after_resume(void) {
 static std::vector<float> draw(OptimiserModel& t, const std::vector<float>& x, long step) {
     for (size_t i = 0; i < 131000; i++) t.params[i] = x[i % x.size()];
     t.put(t.d.m.params, t.params);
-    round_weights_gpu(&t.o, t.d.weights, t.d.m.params, 7, step, 0);
+    t.round(7, step);
     std::vector<float> copies = t.get(t.d.weights);
     copies.resize(131000);
     return copies;
@@ -1385,7 +1395,7 @@ static void test_first_nonfinite(void) {
     std::vector<float> gap(1, NAN);
     CHECK(first_nonfinite_gpu(&t.o, t.d.m.grads, 0) == -1, "found one, expected none");
     for (size_t i = 0; i < t.d.m.size; i++)                     // between tensors nothing counts
-        if (in_gap(t, i))
+        if (in_gap(t, t.d.m.grads, i))
             CUDA(cudaMemcpy(t.d.m.grads + i, gap.data(), sizeof(float), cudaMemcpyHostToDevice)), i += 1000;
     CHECK(first_nonfinite_gpu(&t.o, t.d.m.grads, 0) == -1, "found one between tensors");
     double norm = t.norm();
@@ -1444,7 +1454,10 @@ static void start(Run* run, const char* options) {
     char text[2048], *words[128] = {(char*)"train_gpt_mhc"};
     int count = 1;
     Error e;
+    static Loopback* alone;
+    if (!alone) alone = loopback_open(1, 0);
     memset(run, 0, sizeof *run);
+    run->pipe.transport = loopback_rank(alone, 0);
     snprintf(text, sizeof text, "%s/lock", directory);
     unlink(text);               // an earlier run of this process, which is over, holds it
     snprintf(text, sizeof text, "%s%s--out %s %s %s", SMALL, strstr(options, "--width") ? "" : SHAPE,
@@ -1480,12 +1493,17 @@ static std::vector<float> tensor_of(const Model* m, const float* numbers, int i)
     return std::vector<float>(numbers + t->first, numbers + t->first + tensor_size(t));
 }
 
-// The device's gradients, in the host's layout
+// The device's numbers, in the host's layout
+static void fetch(Run* run, NumberKind what, float* numbers) {
+    for (int i = 0; i < run->model.tensor_count; i++) {
+        const Tensor* t = &run->model.tensors[i];
+        machine_read(run, what, t, 0, tensor_size(t), numbers + t->first);
+    }
+}
+
 static std::vector<float> device_gradients(Run* run) {
     std::vector<float> grads(run->model.size);
-    Gpu* g = gpu_of(run);
-    copy_tensors(g, &run->model, g->model.m.grads, grads.data(), false);
-    CUDA(cudaStreamSynchronize(g->stream));
+    fetch(run, NUMBERS_GRADS, grads.data());
     return grads;
 }
 
@@ -1547,14 +1565,12 @@ static void test_step(void) {
         static Run run;
         Reference r;
         Error e;
-        double loss, norm;
+        StepReport report;
         start(&run, mode);
         randomise(&run, 9);
         reference_open(&r, &run);
-        if (!training_batch(&run, 0, 0, &e)) die("%s", e.text);
-        machine_zero_gradients(&run);
-        machine_micro_batch(&run);
-        machine_gradients(&run, &loss, &norm);
+        if (!accumulate_gradients(&run, &report, &e)) die("%s", e.text);
+        double loss = report.loss, norm = report.norm;
         double expected =
             forward_backward(&r.model, &r.acts, run.tokens, run.targets, (int)run.o.batch, run.c.T, 1);
         add_head_gradient(&r.model);
@@ -1586,7 +1602,7 @@ static void test_training(void) {
             double loss = 0;
             zero_gradients(&r.model);
             for (int micro = 0; micro < M; micro++) {
-                if (!training_batch(&run, s, micro, &e)) die("%s", e.text);
+                if (!training_batch(&run, micro, &e)) die("%s", e.text);
                 loss += forward_backward(&r.model, &r.acts, run.tokens, run.targets, (int)run.o.batch,
                                          run.c.T, M) /
                         M;
@@ -1606,16 +1622,13 @@ static void test_training(void) {
 static std::vector<float> gradients_at(const char* options) {
     static Run run;
     Error e;
-    double loss, norm;
+    StepReport report;
     start(&run, options);
     randomise(&run, 6);
-    if (!training_batch(&run, 0, 0, &e)) die("%s", e.text);
-    machine_zero_gradients(&run);
-    machine_micro_batch(&run);
-    machine_gradients(&run, &loss, &norm);
+    if (!accumulate_gradients(&run, &report, &e)) die("%s", e.text);
     std::vector<float> grads = device_gradients(&run);
-    grads.push_back((float)loss);
-    grads.push_back((float)norm);
+    grads.push_back((float)report.loss);
+    grads.push_back((float)report.norm);
     close_run(&run);
     return grads;
 }
@@ -1638,10 +1651,10 @@ static std::vector<float> trained(Run* run, int steps) {
     StepReport report;
     while (run->step < steps)
         if (!train_step(run, &report, &e)) die("%s", e.text);
-    machine_fetch(run);
-    std::vector<float> all(run->model.params, run->model.params + run->model.size);
-    all.insert(all.end(), run->model.adam_m, run->model.adam_m + run->model.size);
-    all.insert(all.end(), run->model.adam_v, run->model.adam_v + run->model.size);
+    std::vector<float> all(3 * run->model.size);
+    fetch(run, NUMBERS_PARAMS, all.data());
+    fetch(run, NUMBERS_ADAM_M, all.data() + run->model.size);
+    fetch(run, NUMBERS_ADAM_V, all.data() + 2 * run->model.size);
     return all;
 }
 

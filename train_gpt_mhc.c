@@ -23,12 +23,15 @@
 #include "host/options.h"
 #include "host/plan.h"
 #include "host/rundir.h"
+#include "host/schedule.h"
 #include "host/spikes.h"
+#include "host/transport.h"
 #include "data/bpe.h"
 #include "data/corpus.h"
 #include "data/runlog.h"
 #include "data/safetensors.h"
 #include "data/tokens.h"
+#include "data/trace.h"
 
 #ifndef REAL
 #define REAL float
@@ -357,28 +360,48 @@ static size_t dim_size(const Config* c, Dim dim) {
     return 0;
 }
 
-// One tensor of a model: a row of the table, in one block. In the order of the file,
-// each followed by the next.
+// A part of a model that is computed in one go: sublayers first .. last - 1, and the ends.
+typedef struct { int first, last; bool embeds, heads; } Stage;
+
+// One tensor of a model: a row of the table, in one block. In the order of the file.
 typedef struct {
     char name[MAX_NAME];
     const TensorSpec* spec;
     int block;                  // -1: not in a block
-    size_t rows, cols, first;   // first: index of its first number in the model's arrays
+    size_t rows, cols;
+    bool here;                  // held by this rank; without a pipeline all are
+    size_t first;               // index of its first number in params and grads
+    size_t piece, piece_size;   // its numbers piece .. piece + piece_size are updated by this rank,
+    size_t moments;             // and their moments start there
 } Tensor;
 
 typedef struct {
     Config c;
     Tensor* tensors;
     int tensor_count;
-    size_t first[TENSOR_KINDS]; // of block 0
-    size_t block_size, size;    // numbers in a block and in all
-    real *params, *grads, *adam_m, *adam_v;     // (size)
+    int* place;                 // [L] of a block among those held here, -1: it is not
+    size_t first[TENSOR_KINDS]; // of the first block here
+    size_t block_size, size, moment_size;       // numbers in a block, and of all that is here
+    size_t total;                               // parameters of the whole model
+    real *params, *grads;       // (size)
+    real *adam_m, *adam_v;      // (moment_size)
     real* head_grads; // (V, C): wte's gradient as the head; kept apart from the embedding's until the sum
 } Model;
 
 static size_t tensor_size(const Tensor* t) { return t->rows * t->cols; }
 
-static void model_add_tensor(Model* m, int id, int block) {
+static Stage whole_model(const Config* c) {
+    Stage whole = {0, 2 * c->L, true, true};
+    return whole;
+}
+
+static bool stage_holds(const Stage* s, int id, int block) {
+    if (block >= 0) return 2 * block >= s->first && 2 * block < s->last;
+    return id == WTE ? s->embeds || s->heads : id == WPE ? s->embeds : s->heads;
+}
+
+// stages, count: those that are held here
+static void model_add_tensor(Model* m, int id, int block, const Stage* stages, int count) {
     const TensorSpec* spec = &tensor_specs[id];
     Tensor t;
     memset(&t, 0, sizeof t);
@@ -386,37 +409,59 @@ static void model_add_tensor(Model* m, int id, int block) {
     t.block = block;
     t.rows = dim_size(&m->c, spec->rows);
     t.cols = dim_size(&m->c, spec->cols);
-    t.first = m->size;
+    t.piece_size = tensor_size(&t);
     if (!tensor_size(&t)) return;                       // plain models have no connections
     if (block >= 0) snprintf(t.name, sizeof t.name, "h.%d.%s", block, spec->name);
     else snprintf(t.name, sizeof t.name, "%s", spec->name);
-    if (block <= 0) m->first[id] = t.first;
+    for (int s = 0; s < count; s++) t.here = t.here || stage_holds(&stages[s], id, block);
+    t.first = t.moments = m->size;
+    if (t.here && (block < 0 || !m->place[block])) m->first[id] = t.first;
+    if (t.here) m->size += tensor_size(&t);
+    m->total += tensor_size(&t);
     m->tensors[m->tensor_count++] = t;
-    m->size += tensor_size(&t);
 }
 
-// Lists the tensors of the configuration in the order of the file. Allocates no numbers.
-static void model_layout(Model* m, const Config* c) {
+// Lists the tensors of the configuration in the order of the file; those of the stages are here. Allocates no
+// numbers. Every number that is here is updated here, until pieces are dealt out.
+static void model_layout_stages(Model* m, const Config* c, const Stage* stages, int count) {
+    int held = 0;
     memset(m, 0, sizeof *m);
     m->c = *c;
     m->tensors = (Tensor*)allocate((size_t)(TENSOR_KINDS * c->L), sizeof(Tensor));
-    model_add_tensor(m, WTE, -1);
-    model_add_tensor(m, WPE, -1);
+    m->place = (int*)allocate((size_t)c->L, sizeof(int));
+    model_add_tensor(m, WTE, -1, stages, count);
+    model_add_tensor(m, WPE, -1, stages, count);
     for (int l = 0; l < c->L; l++) {
         size_t before = m->size;
+        bool here = false;
+        for (int s = 0; s < count; s++) here = here || stage_holds(&stages[s], LN_1_W, l);
+        m->place[l] = here ? held++ : -1;
         for (int id = 0; id < TENSOR_KINDS; id++)
-            if (tensor_specs[id].per_block) model_add_tensor(m, id, l);
-        m->block_size = m->size - before;
+            if (tensor_specs[id].per_block) model_add_tensor(m, id, l, stages, count);
+        if (here) m->block_size = m->size - before;
     }
-    model_add_tensor(m, LN_F_W, -1);
-    model_add_tensor(m, LN_F_B, -1);
+    model_add_tensor(m, LN_F_W, -1, stages, count);
+    model_add_tensor(m, LN_F_B, -1, stages, count);
+    m->moment_size = m->size;
 }
 
-static void model_close(Model* m) { free(m->tensors); }
+#ifdef TESTING
+static void model_layout(Model* m, const Config* c) {
+    Stage whole = whole_model(c);
+    model_layout_stages(m, c, &whole, 1);
+}
+#endif
 
-// Where a parameter of block l lies in params, grads or a moment.
+static void model_close(Model* m) {
+    free(m->tensors);
+    free(m->place);
+}
+
+static bool holds_head(const Model* m) { return m->tensors[m->tensor_count - 1].here; }     // beside ln_f
+
+// Where a parameter of block l, which is held here, lies in params or grads.
 static real* at(const Model* m, real* numbers, TensorId id, int l) {
-    return numbers + m->first[id] + (tensor_specs[id].per_block ? (size_t)l * m->block_size : 0);
+    return numbers + m->first[id] + (tensor_specs[id].per_block ? (size_t)m->place[l] * m->block_size : 0);
 }
 static real* param(const Model* m, TensorId id, int l) { return at(m, m->params, id, l); }
 static real* grad(const Model* m, TensorId id, int l) { return at(m, m->grads, id, l); }
@@ -469,7 +514,8 @@ static void model_initialise_tensor(Model* m, const Tensor* t, uint64_t seed) {
 }
 
 static void model_initialise(Model* m, uint64_t seed) {
-    for (int i = 0; i < m->tensor_count; i++) model_initialise_tensor(m, &m->tensors[i], seed);
+    for (int i = 0; i < m->tensor_count; i++)
+        if (m->tensors[i].here) model_initialise_tensor(m, &m->tensors[i], seed);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -482,11 +528,15 @@ static void linear_forward(real* out, const real* in, const real* weight, const 
            false);
 }
 
-// din (rows, IC) =, dweight (OC, IC) +=, dbias (OC) += from dout (rows, OC)
-static void linear_backward(real* din, real* dweight, real* dbias, const real* dout, const real* in,
-                            const real* weight, int rows, int IC, int OC) {
+// din (rows, IC) = from dout (rows, OC)
+static void linear_backward_input(real* din, const real* dout, const real* weight, int rows, int IC, int OC) {
     matmul(din, (size_t)IC, matrix(dout, (size_t)OC, 1), matrix(weight, (size_t)IC, 1), rows, IC, OC, NULL,
            false);
+}
+
+// dweight (OC, IC) +=, dbias (OC) += from dout (rows, OC)
+static void linear_backward_weight(real* dweight, real* dbias, const real* dout, const real* in, int rows,
+                                   int IC, int OC) {
     matmul(dweight, (size_t)IC, matrix(dout, 1, (size_t)OC), matrix(in, (size_t)IC, 1), OC, IC, rows, NULL,
            true);
     add_column_sums(dbias, dout, NULL, rows, OC);
@@ -910,9 +960,10 @@ INLINE void write_forward(real* RESTRICT y, const real* RESTRICT x, const real* 
         }
 }
 
-// In: dy (n, C) in d. Out: dx (n, C) in d, without the read's part; df (C); dpost and dres in dcoef
-INLINE void write_backward(real* RESTRICT d, real* RESTRICT df, real* RESTRICT dcoef, const real* RESTRICT x,
-                           const real* RESTRICT f, const real* RESTRICT coef, int C, const int n) {
+// In: dy (n, C) in d. Out: dx (n, C) in d, without the read's part; df (C), which may be f itself;
+// dpost and dres in dcoef
+INLINE void write_backward(real* RESTRICT d, real* df, real* RESTRICT dcoef, const real* RESTRICT x,
+                           const real* f, const real* RESTRICT coef, int C, const int n) {
     const real *post = coef + n, *res = coef + 2 * n;
     for (int i = 0; i < n; i++) {
         dcoef[n + i] = dot(d + i * C, f, C);
@@ -958,28 +1009,41 @@ typedef struct {                // of streams, means over tokens
     double cosine, rank, share[MAX_N];  // between streams; effective rank; of the squared norm
 } StreamStats;
 
-typedef struct {
+// Of one micro-batch in one stage. Several micro-batches may be under way: the second half is the scratch of
+// one computation, which they share.
+typedef struct Activations {
     int B, T, block;            // at most; sublayers per block of recomputation
-    Sublayer* sub;              // [2L]
-    real** state;               // [2L + 1] (rows, n, C): kept where k % block == 0, else shared by all blocks
+    Stage stage;
+    Sublayer* sub;              // [2L], those of the stage
+    real** state;               // [2L + 1] (rows, n, C): of the stage; kept at the start of a block
     real *mean, *stats, *ln;    // (rows, C) mean of the last state's streams, (rows, 2), (rows, C)
-    real *logits;               // (head_rows, V)
+    real *losses;               // (rows)
+    int32_t *tokens, *targets;  // (rows), where the stage has an end of the model and training needs them
+    struct Activations* shared; // whose scratch this is; it knows whose states lie between blocks' starts:
+    const struct Activations* resident;
+    real** between;             // [block] (rows, n, C): states inside a block of recomputation
+    real *logits, *scratch;     // (head_rows, V); attention's
     int head_rows;
-    real *losses, *scratch;     // (rows); attention's
-    real *dstate, *dln, *dwide, *dnarrow, *du, *xhat;   // (rows, n, C), (rows, C), (rows, 4C), 3 x (rows, C)
+    real *dstate, *dln, *dwide, *du, *xhat;     // (rows, n, C), (rows, C), (rows, 4C), 2 x (rows, C)
     CoefficientGrads g;
     StreamStats* streams;       // [2L + 1], filled by the forward pass if not NULL
+    void (*progress)(void*);    // called between sublayers, if not NULL
+    void* progress_of;
 } Activations;
 
 static void activations_open(Activations* a, const Config* c) {
     memset(a, 0, sizeof *a);
+    a->shared = a;
+    a->stage = whole_model(c);
     a->sub = (Sublayer*)allocate((size_t)(2 * c->L), sizeof(Sublayer));
     a->state = (real**)allocate((size_t)(2 * c->L + 1), sizeof(real*));
+    a->between = (real**)allocate((size_t)(2 * c->L + 1), sizeof(real*));
 }
 
 static void activations_close(Activations* a) {
     free(a->sub);
     free((void*)a->state);
+    if (a->shared == a) free((void*)a->between);
 }
 
 // Blocks of recomputation that store least (mHC Eq. 20), L in sublayers
@@ -988,12 +1052,13 @@ static int automatic_block(const Config* c) {
     return block < 1 ? 1 : block;
 }
 
-static void layout_sublayer(Sublayer* s, Arena* arena, const Config* c, int k, size_t rows, size_t T,
-                            bool training) {
-    size_t C = (size_t)c->C;
+static void layout_sublayer(const Activations* a, Arena* arena, const Config* c, int k, bool training) {
+    size_t C = (size_t)c->C, T = (size_t)a->T, rows = (size_t)a->B * T;
+    Sublayer* s = a->sub + k;
     s->coef = carve(arena, "coefficients", rows * (size_t)coefficient_count(c));
     if (k % 2 == 0) s->qkv = carve(arena, "activations", rows * 3 * C);
-    if (k >= 2 && !training) {          // without a backward pass only keys and values are wanted again
+    if (k >= a->stage.first + 2 &&
+        !training) { // without a backward pass only keys and values are wanted again
         Sublayer shared = s[-2];
         shared.coef = s->coef;
         shared.qkv = s->qkv;
@@ -1015,39 +1080,44 @@ static void layout_sublayer(Sublayer* s, Arena* arena, const Config* c, int k, s
     }
 }
 
-static void layout_states(Activations* a, Arena* arena, const Config* c, size_t rows, bool training) {
-    size_t size = rows * (size_t)(c->n * c->C);
-    int block = training ? a->block : 2;        // without a backward pass two states take turns
-    for (int k = 0; k <= 2 * c->L; k++) {
-        if (training ? k % block == 0 || k < block : k < 2) a->state[k] = carve(arena, "streams", size);
-        else a->state[k] = a->state[k % block];
+// Those at an end of the stage that is not an end of the model come and go with messages. Without a backward
+// pass two states take turns.
+static void layout_states(Activations* a, Arena* arena, const Config* c, bool training) {
+    size_t size = (size_t)a->B * (size_t)a->T * (size_t)(c->n * c->C);
+    const Stage* stage = &a->stage;
+    for (int k = stage->first; k <= stage->last; k++) {
+        int j = k - stage->first;
+        bool wired = (k == stage->first && !stage->embeds) || (k == stage->last && !stage->heads);
+        if (wired) continue;
+        if (training && j % a->block) a->state[k] = a->between[j % a->block];
+        else if (!training && j > 2) a->state[k] = a->state[k - 2];
+        else a->state[k] = carve(arena, "streams", size);
     }
 }
 
-// Everything that a step of B sequences of T tokens needs, after activations_open.
-static void activations_layout(Activations* a, Arena* arena, const Config* c, int B, int T, int block,
-                               bool training) {
-    size_t rows = (size_t)B * (size_t)T, C = (size_t)c->C, M = (size_t)projection_M(c);
-    enum { LOGITS_BYTES = 32 << 20 }; // rows of logits that exist at once: enough to fill the product
-    size_t chunk = LOGITS_BYTES / sizeof(real) / (size_t)c->V;
-    a->B = B;
-    a->T = T;
-    a->block = block;
-    a->head_rows = (int)(chunk < 64 ? 64 : chunk);
-    if ((size_t)a->head_rows > rows) a->head_rows = (int)rows;
-    layout_states(a, arena, c, rows, training);
-    for (int k = 0; k < 2 * c->L; k++) layout_sublayer(a->sub + k, arena, c, k, rows, (size_t)T, training);
+// What a micro-batch keeps, after the scratch has been laid out.
+static void activations_layout_slot(Activations* a, Arena* arena, const Config* c, bool training) {
+    size_t rows = (size_t)a->B * (size_t)a->T, C = (size_t)c->C;
+    bool ends = a->stage.embeds || a->stage.heads;
+    layout_states(a, arena, c, training);
+    for (int k = a->stage.first; k < a->stage.last; k++) layout_sublayer(a, arena, c, k, training);
+    if (ends && training) {
+        a->tokens = (int32_t*)plan_carve(arena, "data", rows, sizeof(int32_t));
+        a->targets = (int32_t*)plan_carve(arena, "data", rows, sizeof(int32_t));
+    }
+    if (!a->stage.heads) return;
     a->mean = carve(arena, "activations", rows * C);
     a->stats = carve(arena, "activations", rows * 2);
     a->ln = carve(arena, "activations", rows * C);
     a->losses = carve(arena, "activations", rows);
-    a->logits = carve(arena, "logits", (size_t)a->head_rows * (size_t)c->V);
-    a->scratch = carve(arena, "attention scores", attention_scratch_size(T) * (size_t)thread_count());
-    if (!training) return;
-    a->dstate = carve(arena, "backward", rows * (size_t)c->n * C);
+}
+
+static void layout_backward_scratch(Activations* a, Arena* arena, const Config* c) {
+    size_t rows = (size_t)a->B * (size_t)a->T, C = (size_t)c->C, M = (size_t)projection_M(c);
+    for (int j = 1; j < a->block; j++) a->between[j] = carve(arena, "streams", rows * (size_t)c->n * C);
+    if (a->stage.embeds && a->stage.heads) a->dstate = carve(arena, "backward", rows * (size_t)c->n * C);
     a->dwide = carve(arena, "backward", rows * 4 * C);
     a->dln = carve(arena, "backward", rows * C);
-    a->dnarrow = carve(arena, "backward", rows * C);
     a->du = carve(arena, "backward", rows * C);
     a->xhat = carve(arena, "backward", rows * C);
     if (!has_connections(c)) return;
@@ -1058,14 +1128,37 @@ static void activations_layout(Activations* a, Arena* arena, const Config* c, in
     a->g.shrink = carve(arena, "backward", rows * (size_t)projection_groups(c));
 }
 
+// The scratch of computations on B sequences of T tokens, in blocks of recomputation of `block` sublayers.
+static void activations_layout_scratch(Activations* a, Arena* arena, const Config* c, int B, int T, int block,
+                                       bool training) {
+    size_t rows = (size_t)B * (size_t)T;
+    enum { LOGITS_BYTES = 32 << 20 }; // rows of logits that exist at once: enough to fill the product
+    size_t chunk = LOGITS_BYTES / sizeof(real) / (size_t)c->V;
+    a->B = B;
+    a->T = T;
+    a->block = block;
+    a->head_rows = (int)(chunk < 64 ? 64 : chunk);
+    if ((size_t)a->head_rows > rows) a->head_rows = (int)rows;
+    a->logits = carve(arena, "logits", a->stage.heads ? (size_t)a->head_rows * (size_t)c->V : 0);
+    a->scratch = carve(arena, "attention scores", attention_scratch_size(T) * (size_t)thread_count());
+    if (training) layout_backward_scratch(a, arena, c);
+}
+
+// Everything that a step needs where one micro-batch is under way at a time, after activations_open.
+static void activations_layout(Activations* a, Arena* arena, const Config* c, int B, int T, int block,
+                               bool training) {
+    activations_layout_scratch(a, arena, c, B, T, block, training);
+    activations_layout_slot(a, arena, c, training);
+}
+
 // Parameters and what the optimiser keeps beside them. Only params without training.
 static void model_memory(Model* m, Arena* arena, bool training) {
     m->params = carve(arena, "parameters", m->size);
     if (!training) return;
     m->grads = carve(arena, "gradients", m->size);
-    m->head_grads = carve(arena, "gradients", (size_t)m->c.V * (size_t)m->c.C);
-    m->adam_m = carve(arena, "AdamW moments", m->size);
-    m->adam_v = carve(arena, "AdamW moments", m->size);
+    m->head_grads = carve(arena, "gradients", holds_head(m) ? (size_t)m->c.V * (size_t)m->c.C : 0);
+    m->adam_m = carve(arena, "AdamW moments", m->moment_size);
+    m->adam_v = carve(arena, "AdamW moments", m->moment_size);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1266,23 +1359,31 @@ static void sublayer_forward(const Model* m, const Activations* a, Sublayer* s, 
     }
 }
 
-// a->dln (rows, C) = from df (rows, C)
-static void sublayer_backward(Model* m, Activations* a, const Sublayer* s, const real* df, int k, int B,
-                              int T) {
+// a->dln (rows, C) = from s->f, which holds its gradient. What the weights' gradients need beside activations
+// stays in a->dwide: (rows, 3C) of qkv or (rows, 4C) of fc.
+static void sublayer_backward_input(const Model* m, Activations* a, const Sublayer* s, int k, int B, int T) {
     int C = m->c.C, l = k / 2, rows = B * T;
     if (k % 2 == 0) {
         real* dattn = a->du;                // free until the connection's backward
-        linear_backward(dattn, grad(m, ATTN_PROJ_W, l), grad(m, ATTN_PROJ_B, l), df, s->attn,
-                        param(m, ATTN_PROJ_W, l), rows, C, C);
+        linear_backward_input(dattn, s->f, param(m, ATTN_PROJ_W, l), rows, C, C);
         attention_backward(a->dwide, dattn, s->attn, s->lse, s->qkv, a->scratch, B, T, C, m->c.NH);
-        linear_backward(a->dln, grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), a->dwide, s->ln,
-                        param(m, C_ATTN_W, l), rows, C, 3 * C);
+        linear_backward_input(a->dln, a->dwide, param(m, C_ATTN_W, l), rows, C, 3 * C);
     } else {
-        linear_backward(a->dwide, grad(m, MLP_PROJ_W, l), grad(m, MLP_PROJ_B, l), df, s->gelu,
-                        param(m, MLP_PROJ_W, l), rows, 4 * C, C);
+        linear_backward_input(a->dwide, s->f, param(m, MLP_PROJ_W, l), rows, 4 * C, C);
         gelu_backward(a->dwide, s->fc, (size_t)rows * 4 * (size_t)C);
-        linear_backward(a->dln, grad(m, C_FC_W, l), grad(m, C_FC_B, l), a->dwide, s->ln, param(m, C_FC_W, l),
-                        rows, C, 4 * C);
+        linear_backward_input(a->dln, a->dwide, param(m, C_FC_W, l), rows, C, 4 * C);
+    }
+}
+
+// The gradients of F's matrices and biases += from s->f, which holds its gradient, and dwide
+static void sublayer_backward_weight(Model* m, const Sublayer* s, const real* dwide, int k, int rows) {
+    int C = m->c.C, l = k / 2;
+    if (k % 2 == 0) {
+        linear_backward_weight(grad(m, ATTN_PROJ_W, l), grad(m, ATTN_PROJ_B, l), s->f, s->attn, rows, C, C);
+        linear_backward_weight(grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), dwide, s->ln, rows, C, 3 * C);
+    } else {
+        linear_backward_weight(grad(m, MLP_PROJ_W, l), grad(m, MLP_PROJ_B, l), s->f, s->gelu, rows, 4 * C, C);
+        linear_backward_weight(grad(m, C_FC_W, l), grad(m, C_FC_B, l), dwide, s->ln, rows, C, 4 * C);
     }
 }
 
@@ -1393,133 +1494,28 @@ static void head(Model* m, Activations* a, const int32_t* targets, int rows, rea
     }
 }
 
-// ------------------------------------------------------------------------------------------------
-// Gains and streams: what the paper's figures show. In double; a pass of its own, not part of training.
-
-typedef struct { double forward_max, forward_min, backward_max, backward_min; } Gain;
-enum { GAIN_FIELDS = sizeof(Gain) / sizeof(double) };
-
-// g += those of G (n, n): the largest and smallest |row sum| (what the signal is
-// multiplied by) and |column sum| (the gradient)
-static void gain_add(Gain* g, const double* G, int n, double weight) {
-    Gain one = {0, INFINITY, 0, INFINITY};
-    for (int i = 0; i < n; i++) {
-        double row = 0, column = 0;
-        for (int j = 0; j < n; j++) {
-            row += G[i * n + j];
-            column += G[j * n + i];
-        }
-        one.forward_max = fmax(one.forward_max, fabs(row));
-        one.forward_min = fmin(one.forward_min, fabs(row));
-        one.backward_max = fmax(one.backward_max, fabs(column));
-        one.backward_min = fmin(one.backward_min, fabs(column));
-    }
-    g->forward_max += weight * one.forward_max;
-    g->forward_min += weight * one.forward_min;
-    g->backward_max += weight * one.backward_max;
-    g->backward_min += weight * one.backward_min;
-}
-
-// R (n, n) of a token in sublayer k: what of the residual connection goes past F
-static void residual_mapping(double* R, const Config* c, const Sublayer* s, int row) {
-    int n = c->n, count = coefficient_count(c);
-    if (!has_connections(c)) R[0] = c->residual == RESIDUAL_PLAIN;
-    else
-        for (int e = 0; e < n * n; e++) R[e] = (double)s->coef[(size_t)row * count + 2 * n + e];
-}
-
-// single[k]: gains of sublayer k's R; composite[k]: of R_{2L-1} .. R_k.
-// Means over the T rows of a forward pass.
-static void model_gains(Gain* single, Gain* composite, const Config* c, const Activations* a, int T) {
-    int n = c->n, last = 2 * c->L - 1;
-    memset(single, 0, sizeof(Gain) * (size_t)(last + 1));
-    memset(composite, 0, sizeof(Gain) * (size_t)(last + 1));
-    for (int t = 0; t < T; t++) {
-        double product[MAX_N * MAX_N], R[MAX_N * MAX_N], next[MAX_N * MAX_N];
-        for (int k = last; k >= 0; k--) {
-            residual_mapping(R, c, &a->sub[k], t);
-            for (int i = 0; i < n; i++)
-                for (int j = 0; j < n; j++) {
-                    next[i * n + j] = k == last ? R[i * n + j] : 0;
-                    for (int h = 0; k < last && h < n; h++)
-                        next[i * n + j] += product[i * n + h] * R[h * n + j];
-                }
-            memcpy(product, next, sizeof product);
-            gain_add(&single[k], R, n, 1.0 / T);
-            gain_add(&composite[k], product, n, 1.0 / T);
-        }
-    }
-}
-
-// Eigenvalues of the symmetric S (n, n), on its diagonal afterwards:
-// Jacobi's rotations until nothing is off it.
-static void eigenvalues(double* S, int n) {
-    for (int sweep = 0; sweep < 30; sweep++)
-        for (int p = 0; p < n; p++)
-            for (int q = p + 1; q < n; q++) {
-                if (fabs(S[p * n + q]) < 1e-300) continue;
-                double theta = (S[q * n + q] - S[p * n + p]) / (2 * S[p * n + q]);
-                double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
-                double cosine = 1 / sqrt(t * t + 1), sine = t * cosine;
-                for (int i = 0; i < n; i++) {
-                    double x = S[i * n + p], y = S[i * n + q];
-                    S[i * n + p] = cosine * x - sine * y;
-                    S[i * n + q] = sine * x + cosine * y;
-                }
-                for (int i = 0; i < n; i++) {
-                    double x = S[p * n + i], y = S[q * n + i];
-                    S[p * n + i] = cosine * x - sine * y;
-                    S[q * n + i] = sine * x + cosine * y;
-                }
-            }
-}
-
-// exp of the entropy of the singular values: how many directions the n streams really span.
-// gram (n, n) = x x^T
-static double effective_rank(double* gram, int n) {
-    double sum = 0, entropy = 0;
-    eigenvalues(gram, n);
-    for (int i = 0; i < n; i++) sum += sqrt(fmax(gram[i * n + i], 0));
-    for (int i = 0; i < n; i++) {
-        double p = sqrt(fmax(gram[i * n + i], 0)) / sum;
-        if (p > 0) entropy -= p * log(p);
-    }
-    return exp(entropy);
-}
-
-// Means over the rows of state (rows, n, C)
-static void stream_statistics(StreamStats* s, const real* state, int rows, int n, int C) {
-    memset(s, 0, sizeof *s);
-    for (int r = 0; r < rows; r++) {
-        double gram[MAX_N * MAX_N], trace = 0, cosine = 0;
-        for (int i = 0; i < n; i++)
-            for (int j = 0; j < n; j++)
-                gram[i * n + j] = (double)dot(row_of(state, r * n + i, C), row_of(state, r * n + j, C), C);
-        for (int i = 0; i < n; i++) trace += gram[i * n + i];
-        for (int i = 0; i < n; i++) {
-            s->share[i] += gram[i * n + i] / trace / rows;
-            for (int j = 0; j < i; j++) cosine += gram[i * n + j] / sqrt(gram[i * n + i] * gram[j * n + j]);
-        }
-        s->cosine += (n > 1 ? cosine / (n * (n - 1) / 2) : 1) / rows;
-        s->rank += effective_rank(gram, n) / rows;
-    }
-}
+#include "host/gains.h"
 
 // ------------------------------------------------------------------------------------------------
 // The model, forward and backward
 
-// a->ln (rows, C) from tokens (B, T), for rows from row0 on
+// A stage, for rows from row0 on: from tokens (B, T) or a->state[first], to a->ln (rows, C) or
+// a->state[last].
 static void model_forward(const Model* m, Activations* a, const int32_t* tokens, int B, int T, int row0) {
     const Config* c = &m->c;
+    const Stage* stage = &a->stage;
     Span span = {B, T, row0, B * T - row0};
     assert(B * T <= a->B * a->T && T <= c->T && (row0 == 0 || B == 1));
-    embedding_forward(m, a->state[0], tokens, span);
-    for (int k = 0; k < 2 * c->L; k++) {
+    if (stage->embeds) embedding_forward(m, a->state[0], tokens, span);
+    for (int k = stage->first; k < stage->last; k++) {
+        if (a->progress) a->progress(a->progress_of);
         if (a->streams) stream_statistics(&a->streams[k], a->state[k], B * T, c->n, c->C);
         connection_forward(m, &a->sub[k], a->state[k], k, span);
         sublayer_forward(m, a, &a->sub[k], k, span);
         connection_write(c, a->state[k + 1], a->state[k], &a->sub[k], span);
     }
+    a->shared->resident = a;
+    if (!stage->heads) return;
     if (a->streams) stream_statistics(&a->streams[2 * c->L], a->state[2 * c->L], B * T, c->n, c->C);
     readout_forward(m, a, a->state[2 * c->L], span);
 }
@@ -1527,32 +1523,56 @@ static void model_forward(const Model* m, Activations* a, const int32_t* tokens,
 // The states of k's block before k, from the block's first and the stored f: the same sums, so the same bits.
 static void recompute_states(const Model* m, Activations* a, int k, int B, int T) {
     Span span = {B, T, 0, B * T};
-    for (int j = k / a->block * a->block; j < k; j++)
+    int first = a->stage.first;
+    for (int j = first + (k - first) / a->block * a->block; j < k; j++)
         connection_write(&m->c, a->state[j + 1], a->state[j], &a->sub[j], span);
 }
 
-// Gradients of parameters +=, after model_forward and head(scale > 0) on the same tokens
-static void model_backward(Model* m, Activations* a, const int32_t* tokens, int B, int T) {
+// The states that the backward pass needs first, unless they are still there; it need not have begun.
+static void recompute_last_block(const Model* m, Activations* a, int B, int T) {
+    if (a->shared->resident != a && a->stage.last > a->stage.first)
+        recompute_states(m, a, a->stage.last - 1, B, T);
+    a->shared->resident = a;
+}
+
+// Backward through a stage, in place: a->dstate (rows, n, C) is the gradient of a->state[last], then of
+// a->state[first]. A stage with the head begins at a->dln, after head(scale > 0). Gradients of parameters +=;
+// with defer those of F's matrices wait for model_backward_weights, what they need replaces activations.
+static void model_backward(Model* m, Activations* a, const int32_t* tokens, int B, int T, bool defer) {
     const Config* c = &m->c;
-    readout_backward(m, a, B * T);
-    for (int k = 2 * c->L - 1; k >= 0; k--) {
-        if (k % a->block == a->block - 1 && k < 2 * c->L - 1) recompute_states(m, a, k, B, T);
-        connection_write_backward(c, a, a->dnarrow, a->state[k], &a->sub[k], B * T);
-        sublayer_backward(m, a, &a->sub[k], a->dnarrow, k, B, T);
-        connection_backward(m, a, a->state[k], &a->sub[k], k, B * T);
+    const Stage* stage = &a->stage;
+    if (stage->heads) readout_backward(m, a, B * T);
+    recompute_last_block(m, a, B, T);
+    for (int k = stage->last - 1; k >= stage->first; k--) {
+        Sublayer* s = &a->sub[k];
+        if (a->progress) a->progress(a->progress_of);
+        if ((k - stage->first) % a->block == a->block - 1 && k < stage->last - 1)
+            recompute_states(m, a, k, B, T);
+        connection_write_backward(c, a, s->f, a->state[k], s, B * T);
+        sublayer_backward_input(m, a, s, k, B, T);
+        if (!defer) sublayer_backward_weight(m, s, a->dwide, k, B * T);
+        else if (k % 2 == 0) memcpy(s->qkv, a->dwide, sizeof(real) * (size_t)(B * T) * 3 * (size_t)c->C);
+        else memcpy(s->fc, a->dwide, sizeof(real) * (size_t)(B * T) * 4 * (size_t)c->C);
+        connection_backward(m, a, a->state[k], s, k, B * T);
     }
-    embedding_backward(m, a->dstate, tokens, B, T);
+    a->shared->resident = NULL;
+    if (stage->embeds) embedding_backward(m, a->dstate, tokens, B, T);
+}
+
+static void model_backward_weights(Model* m, const Activations* a, int B, int T) {
+    for (int k = a->stage.last - 1; k >= a->stage.first; k--)
+        sublayer_backward_weight(m, &a->sub[k], k % 2 ? a->sub[k].fc : a->sub[k].qkv, k, B * T);
 }
 
 static void zero_gradients(Model* m) {
     memset(m->grads, 0, sizeof(real) * m->size);
-    memset(m->head_grads, 0, sizeof(real) * (size_t)m->c.V * (size_t)m->c.C);
+    if (holds_head(m)) memset(m->head_grads, 0, sizeof(real) * (size_t)m->c.V * (size_t)m->c.C);
 }
 
 // wte has two gradients, as embedding and as head: one sum, after all micro-batches
 static void add_head_gradient(Model* m) {
     real* dwte = grad(m, WTE, 0);
-    size_t count = (size_t)m->c.V * (size_t)m->c.C;
+    size_t count = holds_head(m) ? (size_t)m->c.V * (size_t)m->c.C : 0;
     for (size_t i = 0; i < count; i++) dwte[i] += m->head_grads[i];
 }
 
@@ -1567,7 +1587,7 @@ static double forward_backward(Model* m, Activations* a, const int32_t* tokens, 
                                int T, int M) {
     model_forward(m, a, tokens, B, T, 0);
     head(m, a, targets, B * T, 1 / ((real)B * (real)T * (real)M));
-    model_backward(m, a, tokens, B, T);
+    model_backward(m, a, tokens, B, T, false);
     return mean_loss(a, B * T);
 }
 
@@ -1609,29 +1629,46 @@ static double square_sum(const real* numbers, size_t count) {
     return total;
 }
 
-// Norm of all gradients, per tensor and in table order, so that it is the same however a model is divided
-static double gradient_norm(const Model* m) {
+// sums (tensor_count): of the squared gradients that are updated here, 0 for tensors that are elsewhere
+static void gradient_square_sums(const Model* m, double* sums) {
+    for (int i = 0; i < m->tensor_count; i++) {
+        const Tensor* t = &m->tensors[i];
+        sums[i] = t->here ? square_sum(m->grads + t->first + t->piece, t->piece_size) : 0;
+    }
+}
+
+// Norm of all gradients: per tensor and in table order, so that it is the same however a model is divided
+static double norm_of_sums(const double* sums, int count) {
     double sum = 0;
-    for (int i = 0; i < m->tensor_count; i++)
-        sum += square_sum(m->grads + m->tensors[i].first, tensor_size(&m->tensors[i]));
+    for (int i = 0; i < count; i++) sum += sums[i];
     return sqrt(sum);
 }
+
+#ifdef TESTING
+static double gradient_norm(const Model* m) {
+    double* sums = (double*)allocate((size_t)m->tensor_count, sizeof(double));
+    gradient_square_sums(m, sums);
+    double norm = norm_of_sums(sums, m->tensor_count);
+    free(sums);
+    return norm;
+}
+#endif
 
 typedef struct {
     double lr, beta1, beta2, eps, decay, clip;
     long step;
 } Update; // step: 1, 2, .. ; clip multiplies gradients
 
-// AdamW on one tensor (decoupled decay, bias correction)
+// AdamW on what is updated here of a tensor (decoupled decay, bias correction)
 static void adamw_tensor(Model* m, const Tensor* t, const Update* u) {
-    real *p = m->params + t->first, *am = m->adam_m + t->first, *av = m->adam_v + t->first;
-    const real* g = m->grads + t->first;
+    real *p = m->params + t->first + t->piece, *am = m->adam_m + t->moments, *av = m->adam_v + t->moments;
+    const real* g = m->grads + t->first + t->piece;
     real b1 = (real)u->beta1, b2 = (real)u->beta2, eps = (real)u->eps, clip = (real)u->clip;
     real rate = (real)(u->lr / (1 - pow(u->beta1, (double)u->step)));
     real root = (real)(1 / sqrt(1 - pow(u->beta2, (double)u->step)));
     real keep = (real)(1 - (t->spec->decayed ? u->lr * u->decay : 0));
 #pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < tensor_size(t); i++) {
+    for (size_t i = 0; i < t->piece_size; i++) {
         real d = g[i] * clip;
         am[i] = b1 * am[i] + (1 - b1) * d;
         av[i] = b2 * av[i] + (1 - b2) * d * d;
@@ -1642,74 +1679,78 @@ static void adamw_tensor(Model* m, const Tensor* t, const Update* u) {
 static void adamw(Model* m, const Options* o, double lr, double norm, long step) {
     Update u = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, 1, step};
     if (o->grad_clip > 0) u.clip = fmin(1, o->grad_clip / (norm + 1e-6));
-    for (int i = 0; i < m->tensor_count; i++) adamw_tensor(m, &m->tensors[i], &u);
+    for (int i = 0; i < m->tensor_count; i++)
+        if (m->tensors[i].here) adamw_tensor(m, &m->tensors[i], &u);
 }
 
 // The first tensor with a number that is not finite, or NULL
 static const Tensor* first_nonfinite(const Model* m, const real* numbers) {
     for (int i = 0; i < m->tensor_count; i++)
-        for (size_t e = 0; e < tensor_size(&m->tensors[i]); e++)
+        for (size_t e = 0; m->tensors[i].here && e < tensor_size(&m->tensors[i]); e++)
             if (!isfinite((double)numbers[m->tensors[i].first + e])) return &m->tensors[i];
     return NULL;
 }
 
+#include "host/speed.h"
+
 // ------------------------------------------------------------------------------------------------
-// Speed: floating-point operations of a step, and the most this machine can do
+// Pipeline: what is here of a model that several ranks share. Stages are numbered in model order; a rank runs
+// one or two of them, each for the micro-batches of one direction.
 
-// Per token, forward and backward: 6 for each weight a token meets, attention,
-// and what connections read, write and mix.
-static double flops_per_token(const Model* m, int T) {
-    const Config* c = &m->c;
-    double n = c->n, connections = has_connections(c) ? 6 * (n * n + 2 * n) * c->C * 2 * c->L : 0;
-    return 6 * ((double)m->size - (double)c->T * c->C) + 12.0 * c->L * c->C * T + connections;
-}
+typedef struct { // goes before the data of every message; the receiver compares it with what it expects
+    char magic[8];
+    uint32_t gradient, stage, direction, micro;     // of the stage that it goes into
+    uint64_t step, bytes;
+    uint64_t unused[3];
+} Header;
+static_assert(sizeof(Header) == 64, "data behind the header must be aligned like memory of its own");
 
-static const char* cpu_name(void) {
-    static char name[128] = "unknown CPU";
-    char line[512];
-    FILE* file = fopen("/proc/cpuinfo", "r");
-    while (file && fgets(line, sizeof line, file))
-        if (!strncmp(line, "model name", 10) && strchr(line, ':')) {
-            snprintf(name, sizeof name, "%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"),
-                     strchr(line, ':') + 2);
-            break;
-        }
-    if (file) fclose(file);
-    return name;
-}
+typedef enum { WIRE_FREE, WIRE_HELD, WIRE_RECEIVING, WIRE_LEAVING, WIRE_SENDING } WireState;
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+typedef struct {                // a state (rows, n, C) or its gradient, on its way between stages
+    WireState state;
+    Header* message;            // header and data, on the host
+    Header expected;            // of what is received
+    void* at;                   // the data where the machine computes: on a CPU in the message
+    int request, peer;
+    int* books;                 // the count that falls when it is free again
+} Wire;
 
-#ifdef __GNUC__
-// FLOP/s of multiply-adds on registers, all threads: the dense peak that MFU refers to. 0.1 s.
-static double measure_peak(void) {
-    enum { CHAINS = 16, ROUNDS = 500000 };
-    volatile real unknown = (real)1e-3;         // to the compiler, which would else compute all of it itself
-    double best = 0, sink = 0;
-    for (int attempt = 0; attempt < 25; attempt++) {
-        double start = seconds();
-#pragma omp parallel reduction(+ : sink)
-        {
-            Vector sum[CHAINS], factor;
-            for (int l = 0; l < VECTOR_LEN; l++) factor[l] = unknown;
-            for (int i = 0; i < CHAINS; i++) sum[i] = factor * (real)i;
-            for (int r = 0; r < ROUNDS; r++)
-                UNROLL
-                for (int i = 0; i < CHAINS; i++) sum[i] = sum[i] * factor + factor;
-            for (int i = 0; i < CHAINS; i++) sink += (double)sum[i][0];
-        }
-        double rate = 2.0 * VECTOR_LEN * CHAINS * ROUNDS * thread_count() / (seconds() - start);
-        if (sink > 0 && rate > best) best = rate;
-    }
-    return best;
-}
-#else
-static double measure_peak(void) { return 0; }
-#endif
+typedef struct {                // a stage that is here
+    Stage stage;
+    int index, direction, slots;
+    int before, after;          // pipeline rank of the stage before and after, -1: an end of the model
+    Activations* slot;          // [slots]: micro-batch i has slot i % slots
+    Wire **x, **dy; // by micro-batch: the state that came in, kept for the backward pass; the gradient
+    int x_used, dy_used, y_leaving, dx_leaving;     // wires in use as what; x and dy at most:
+    int x_most, dy_most;
+} Part;
+
+enum { MAX_PARTS = 2, WIRES_LEAVING = 2, WIRES_AHEAD = 1 };    // of each kind and part
+static_assert(WIRES_LEAVING >= 2,
+              "with one send under way a link deadlocks: long messages end when received");
+
+typedef struct Run Run;
+
+typedef struct {
+    Transport* transport;
+    int P, D, rank, replica;    // pipeline ranks, replicas, and which of them this is
+    Schedule schedule;
+    int stage_count, *first_block;              // [stage_count + 1]
+    ActionList training;
+    Part parts[MAX_PARTS];
+    Wire* wires;
+    int part_count, wire_count;
+    // of the pass that runs
+    Schedule pass;
+    ActionList list;
+    int next_receive;           // the action that the next receive is for
+    int B;                      // sequences of a micro-batch
+    bool forward_only, failed;
+    bool (*load)(Run* run, long micro, Error* e);   // micro-batch -> the run's tokens and targets
+    Error error;
+    Trace trace;
+} Pipe;
 
 // ------------------------------------------------------------------------------------------------
 // A run: options, model, data, and where it stands
@@ -1721,12 +1762,13 @@ enum { CORPUS_BYTES = 8 << 20, MAX_SKIPPED = 10, FORMAT_VERSION = 1 };
 #endif
 #define PROGRAM_VERSION "0.1.0"
 
-typedef struct {
+struct Run {
     Options o;
     OptionsGiven given;
     Config c;
     Model model;
     Activations acts, infer;    // infer: one sequence, forward only, for generated text
+    Pipe pipe;                  // the stages that are here, and who has the others
     Arena arena;
     void* machine;              // a GPU's own
     bool training;              // memory for gradients and moments is there
@@ -1736,14 +1778,21 @@ typedef struct {
     char* corpus; // the built-in text and its information per byte, if that is what is trained on
     float* nats;
     int32_t *tokens, *targets;  // (B, T) of the current micro-batch
+    int loaded;                 // its sequences that count
     long step;                  // finished updates
     uint64_t tokens_seen;
     double peak;                // FLOP/s
-    double loss_sum;            // over the step's micro-batches
+    double loss_sum;            // over the micro-batches whose loss is computed here
+    double* sums;               // (tensors + 2), of squares and losses, where the ranks' meet
+    real* exchange;             // (2 EXCHANGE), where several ranks hold the same tensors
     Spikes spikes;
     int skipped;                // updates in a row
     RunLog log;
-} Run;
+};
+
+static double step_tokens(const Run* run) {     // of all replicas
+    return (double)run->o.micro_batches * run->pipe.D * (double)run->o.batch * (double)run->o.seq;
+}
 
 static Config config_of(const Options* o) {
     Config c = {(int)o->layers, (int)o->width, (int)o->heads, (int)o->seq, (int)o->vocab, o->residual,
@@ -1753,36 +1802,93 @@ static Config config_of(const Options* o) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The machine that computes: all that a run asks of it. On a CPU it is the functions above; train_gpt_mhc.cu has
-// them for a GPU. The run's own copies of parameters and moments (model) are what files are written from.
+// The machine that computes: all that a run asks of it. On a CPU it is the functions above; train_gpt_mhc.cu
+// has them for a GPU. The run's own copies of parameters and moments (model) are what files are written from.
 
 static void machine_layout(Run* run, Arena* arena, int block);  // its memory on the host
 static bool machine_can(const Run* run, Error* e);  // whether it has what the options ask for
-static bool machine_open(Run* run, Error* e);       // before memory is taken: does it fit? Decides --batch auto
+static bool machine_open(Run* run, Error* e); // before memory is taken: does it fit? Decides --batch auto
 static void machine_close(Run* run);
 static void machine_describe(const Run* run, char* text, size_t size);
 static void machine_print_plan(const Run* run);
 static double machine_peak(const Run* run);         // FLOP/s
+static size_t machine_value_bytes(void);            // of a state's number
 static void machine_load(Run* run);                 // the run's parameters and moments become the machine's
-static void machine_fetch(Run* run);                // and back
+// A piece of what belongs to a tensor that is here, to the host and back. Of moments, first counts from the
+// piece.
+typedef enum { NUMBERS_PARAMS, NUMBERS_GRADS, NUMBERS_ADAM_M, NUMBERS_ADAM_V } NumberKind;
+static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, real* numbers);
+static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count,
+                          const real* numbers);
 static void machine_zero_gradients(Run* run);
-static void machine_micro_batch(Run* run);          // gradients += those of run's tokens and targets
-static void machine_gradients(Run* run, double* loss, double* norm);    // of the step's micro-batches, in all
+// Micro-batch `micro` through a part, from x (or run's tokens) to y (or, while validating, to
+// run->loss_sum).
+static void machine_forward(Run* run, Part* c, int micro, Wire* x, Wire* y);
+// Back, in place in dy; NULL: the part is the whole model. With defer the gradients of F's matrices wait.
+static void machine_backward(Run* run, Part* c, int micro, Wire* dy, bool defer);
+static void machine_backward_weights(Run* run, Part* c, int micro);
+static bool machine_recompute(Run* run, Part* c, int micro);   // ahead of its gradient; false: nothing to do
+static void machine_wire_arrived(Run* run, Wire* w);            // its message is there
+static void machine_wire_expected(Run* run, Wire* w);           // before its message is received
+static void machine_wire_leaves(Run* run, Wire* w);             // before its message is sent:
+static bool machine_wire_left(Run* run, Wire* w);               // asked until it can be
+static void machine_begin_pass(Run* run);
+static void machine_end_pass(Run* run);                         // run->loss_sum is there
+// The step's own gradients are complete; then the sums of squares of those that are updated here.
+static void machine_end_gradients(Run* run);
+static void machine_square_sums(Run* run, double* sums);
 static void machine_update(Run* run, double lr, double norm);
-static const Tensor* machine_nonfinite(Run* run, bool gradients);       // the first such tensor, or NULL
-static double machine_loss(Run* run, int B);        // mean over B sequences of run's tokens
-// A forward pass of one sequence; its coefficients on the host, and streams (2L + 1) if not NULL.
-static void machine_observe(Run* run, StreamStats* streams);
+static const Tensor* machine_nonfinite(Run* run, bool gradients);       // the first such tensor here, or NULL
+// Coefficients (rows, n*n + 2n) of sublayer k on the host, after a forward pass of one micro-batch; streams
+// (2L + 1)
+static const real* machine_coefficients(Run* run, const Part* c, int k);
+static void machine_watch_streams(Run* run, StreamStats* streams);      // from now on, if not NULL
 // logits (V) on the host after `length` tokens, of which the first `known` were there at the last call
 static void machine_logits(Run* run, const int32_t* tokens, int length, int known, real* logits);
 // A pass of the run's micro-batch; gradients, coefficients, losses and logits (rows, V) on the host
 static void machine_dump(Run* run, real* logits);
 
+static size_t wire_bytes(const Run* run) {      // of the data, for the micro-batches of this pass
+    return (size_t)run->pipe.B * (size_t)run->c.T * (size_t)(run->c.n * run->c.C) * machine_value_bytes();
+}
+
 #ifndef GPU_TRAINER
+static void layout_part(Run* run, Arena* arena, Part* c) {
+    if (!c->slot) c->slot = (Activations*)allocate((size_t)c->slots, sizeof(Activations));
+    for (int i = 0; i < c->slots; i++) {
+        Activations *a = &c->slot[i], own = *a;
+        *a = run->acts;                         // the scratch
+        a->stage = c->stage;
+        a->sub = own.sub ? own.sub : (Sublayer*)allocate((size_t)(2 * run->c.L), sizeof(Sublayer));
+        a->state = own.state ? own.state : (real**)allocate((size_t)(2 * run->c.L + 1), sizeof(real*));
+        activations_layout_slot(a, arena, &run->c, run->training);
+    }
+}
+
+static void layout_wires(Run* run, Arena* arena) {
+    for (int i = 0; i < run->pipe.wire_count; i++) {
+        Wire* w = &run->pipe.wires[i];
+        w->message = (Header*)plan_carve(arena, "messages", sizeof(Header) + wire_bytes(run), 1);
+        w->at = w->message ? w->message + 1 : NULL;
+    }
+}
+
+// With one stage a single micro-batch is under way; acts is its slot.
 static void machine_layout(Run* run, Arena* arena, int block) {
+    Pipe* p = &run->pipe;
+    int B = (int)run->o.batch, T = run->c.T;
     model_memory(&run->model, arena, run->training);
-    activations_layout(&run->acts, arena, &run->c, (int)run->o.batch, run->c.T, block, run->training);
-    activations_layout(&run->infer, arena, &run->c, 1, run->c.T, 1, false);
+    if (p->stage_count == 1) {
+        p->parts[0].slot = &run->acts;
+        activations_layout(&run->acts, arena, &run->c, B, T, block, run->training);
+    } else {
+        run->acts.stage.embeds = false;
+        run->acts.stage.heads = holds_head(&run->model);
+        activations_layout_scratch(&run->acts, arena, &run->c, B, T, block, run->training);
+        for (int i = 0; i < p->part_count; i++) layout_part(run, arena, &p->parts[i]);
+        layout_wires(run, arena);
+    }
+    if (p->P == 1) activations_layout(&run->infer, arena, &run->c, 1, T, 1, false);
     plan_add(arena, "program and panels of matrices", ((size_t)3 + (size_t)thread_count()) << 20);
 }
 
@@ -1794,12 +1900,28 @@ static bool machine_can(const Run* run, Error* e) {
 }
 
 static bool machine_open(Run* run, Error* e) { return run && e; }
-static void machine_close(Run* run) { (void)run; }
 static void machine_load(Run* run) { (void)run; }
-static void machine_fetch(Run* run) { (void)run; }
+static void machine_begin_pass(Run* run) { (void)run; }
+static void machine_end_pass(Run* run) { (void)run; }
+static void machine_wire_expected(Run* run, Wire* w) { (void)run, (void)w; }
+static void machine_wire_leaves(Run* run, Wire* w) { (void)run, (void)w; }
+static void machine_wire_arrived(Run* run, Wire* w) { (void)run, (void)w; }
+static bool machine_wire_left(Run* run, Wire* w) { return run && w; }
+static size_t machine_value_bytes(void) { return sizeof(real); }
 static double machine_peak(const Run* run) { return run ? measure_peak() : 0; }
+static void machine_square_sums(Run* run, double* sums) { gradient_square_sums(&run->model, sums); }
+static void machine_zero_gradients(Run* run) { zero_gradients(&run->model); }
+static void machine_end_gradients(Run* run) { add_head_gradient(&run->model); }
 static void machine_update(Run* run, double lr, double norm) {
     adamw(&run->model, &run->o, lr, norm, run->step + 1);
+}
+
+static void machine_close(Run* run) {
+    for (int i = 0; i < run->pipe.part_count && run->pipe.stage_count > 1; i++) {
+        Part* c = &run->pipe.parts[i];
+        for (int slot = 0; c->slot && slot < c->slots; slot++) activations_close(&c->slot[slot]);
+        free(c->slot);
+    }
 }
 
 static void machine_describe(const Run* run, char* text, size_t size) {
@@ -1809,37 +1931,79 @@ static void machine_describe(const Run* run, char* text, size_t size) {
 
 static void machine_print_plan(const Run* run) { plan_print(stdout, &run->arena); }
 
-static void machine_zero_gradients(Run* run) {
-    zero_gradients(&run->model);
-    run->loss_sum = 0;
+static real* numbers_at(Run* run, NumberKind what, const Tensor* t, size_t first) {
+    Model* m = &run->model;
+    switch (what) {
+        case NUMBERS_PARAMS: return m->params + t->first + first;
+        case NUMBERS_GRADS: return m->grads + t->first + first;
+        case NUMBERS_ADAM_M: return m->adam_m + t->moments + first;
+        case NUMBERS_ADAM_V: return m->adam_v + t->moments + first;
+    }
+    return NULL;
 }
 
-static void machine_micro_batch(Run* run) {
-    run->loss_sum += forward_backward(&run->model, &run->acts, run->tokens, run->targets, (int)run->o.batch,
-                                      run->c.T, (int)run->o.micro_batches);
+static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, real* numbers) {
+    memcpy(numbers, numbers_at(run, what, t, first), sizeof(real) * count);
 }
 
-static void machine_gradients(Run* run, double* loss, double* norm) {
-    add_head_gradient(&run->model);
-    *loss = run->loss_sum / (double)run->o.micro_batches;
-    *norm = gradient_norm(&run->model);
+static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count,
+                          const real* numbers) {
+    memcpy(numbers_at(run, what, t, first), numbers, sizeof(real) * count);
+}
+
+static Activations* slot_of(const Part* c, int micro) { return &c->slot[micro % c->slots]; }
+
+static void machine_forward(Run* run, Part* c, int micro, Wire* x, Wire* y) {
+    Activations* a = slot_of(c, micro);
+    int B = run->pipe.B, T = run->c.T, rows = B * T;
+    const int32_t *tokens = run->tokens, *targets = run->targets;
+    if (x) a->state[c->stage.first] = (real*)x->at;
+    if (x && y && c->stage.first == c->stage.last) memcpy(y->at, x->at, wire_bytes(run)); // an empty stage
+    if (y) a->state[c->stage.last] = (real*)y->at;
+    if (a->tokens) {
+        memcpy(a->tokens, tokens, sizeof(int32_t) * (size_t)rows);
+        memcpy(a->targets, targets, sizeof(int32_t) * (size_t)rows);
+    }
+    a->streams = run->acts.streams;
+    model_forward(&run->model, a, tokens, B, T, 0);
+    if (!run->pipe.forward_only || !c->stage.heads || a->streams) return;
+    head(&run->model, a, targets, rows, 0);
+    run->loss_sum += mean_loss(a, run->loaded * T) * run->loaded;
+}
+
+static void machine_backward(Run* run, Part* c, int micro, Wire* dy, bool defer) {
+    Activations* a = slot_of(c, micro);
+    int B = run->pipe.B, T = run->c.T;
+    double sequences = (double)B * (double)run->o.micro_batches * run->pipe.D;
+    if (dy) a->dstate = (real*)dy->at;
+    if (c->stage.heads) {
+        head(&run->model, a, a->targets, B * T, (real)(1 / (sequences * T)));
+        run->loss_sum += mean_loss(a, B * T);
+    }
+    model_backward(&run->model, a, a->tokens, B, T, defer);
+}
+
+static void machine_backward_weights(Run* run, Part* c, int micro) {
+    model_backward_weights(&run->model, slot_of(c, micro), run->pipe.B, run->c.T);
+}
+
+static bool machine_recompute(Run* run, Part* c, int micro) {
+    Activations* a = slot_of(c, micro);
+    if (a->shared->resident == a || a->block == 1) return false;
+    recompute_last_block(&run->model, a, run->pipe.B, run->c.T);
+    return true;
 }
 
 static const Tensor* machine_nonfinite(Run* run, bool gradients) {
     return first_nonfinite(&run->model, gradients ? run->model.grads : run->model.params);
 }
 
-static double machine_loss(Run* run, int B) {
-    model_forward(&run->model, &run->acts, run->tokens, B, run->c.T, 0);
-    head(&run->model, &run->acts, run->targets, B * run->c.T, 0);
-    return mean_loss(&run->acts, B * run->c.T);
+static const real* machine_coefficients(Run* run, const Part* c, int k) {
+    (void)run;
+    return c->slot[0].sub[k].coef;
 }
 
-static void machine_observe(Run* run, StreamStats* streams) {
-    run->acts.streams = streams;
-    model_forward(&run->model, &run->acts, run->tokens, 1, run->c.T, 0);
-    run->acts.streams = NULL;
-}
+static void machine_watch_streams(Run* run, StreamStats* streams) { run->acts.streams = streams; }
 
 static void machine_logits(Run* run, const int32_t* tokens, int length, int known, real* logits) {
     model_forward(&run->model, &run->infer, tokens, 1, length, known);
@@ -1854,170 +2018,322 @@ static void machine_dump(Run* run, real* logits) {
 }
 #endif
 
-// --- data
+#include "host/batches.h"
 
-// The built-in corpus; its last tenth is validation, like any text's.
-static void open_corpus(Run* run) {
-    run->corpus = (char*)allocate(CORPUS_BYTES, 1);
-    run->nats = (float*)allocate(CORPUS_BYTES, sizeof(float));
-    corpus_generate(run->corpus, run->nats, CORPUS_BYTES, (uint64_t)run->o.seed);
-    tokens_from_memory(&run->train, &run->val, (const uint8_t*)run->corpus, CORPUS_BYTES);
-    run->has_val = true;
-}
+// ------------------------------------------------------------------------------------------------
+// The executor: runs a rank's action list, whatever schedule made it. Messages carry tags, so that receives
+// are posted ahead and nothing depends on the order of arrival; every wait is a poll with a deadline.
 
-static bool open_shards_or_text(Run* run, Error* e) {
-    const Options* o = &run->o;
-    const Bpe* bpe = run->has_bpe ? &run->bpe : NULL;
-    if (tokens_are_shards(o->data)) {
-        if (!tokens_open_shards(&run->train, o->data, e)) return false;
-    } else {
-        if (!tokens_open_text(&run->train, &run->val, o->data, bpe, e)) return false;
-        run->has_val = true;
+// The most micro-batches between an action of stage `from` (forward, or backward) and the backward of stage
+// `to`
+static int most_between(const ActionList* list, bool forward, int from, int to) {
+    int now = 0, most = 0;
+    for (int i = 0; i < list->count; i++) {
+        const Action* a = &list->at[i];
+        if (a->kind == ACTION_W) continue;
+        now += a->stage == from && (a->kind == ACTION_F) == forward;
+        most = now > most ? now : most;
+        now -= a->stage == to && a->kind != ACTION_F;
     }
-    if (!o->val_data[0]) return true;
-    if (run->has_val) tokens_close(&run->val);
-    run->has_val = true;
-    if (tokens_are_shards(o->val_data)) return tokens_open_shards(&run->val, o->val_data, e);
-    return tokens_open_text(&run->val, NULL, o->val_data, bpe, e);
+    return most;
 }
 
-static bool open_data(Run* run, Error* e) {
-    Options* o = &run->o;
-    if (o->tokenizer[0] && !bpe_open(&run->bpe, o->tokenizer, e)) return false;
-    run->has_bpe = o->tokenizer[0] != 0;
-    if (o->generate[0]) return true;            // its text is the prompt
-    if (!o->data[0] && o->val_data[0])
-        return fail(e, "--val-data: found without --data, expected both, name the training data too");
-    if (!o->data[0]) open_corpus(run);
-    else if (!open_shards_or_text(run, e)) return false;
-    if (!o->vocab) o->vocab = tokens_default_vocab(&run->train);
-    if (!tokens_check(&run->train, (int)o->seq, e)) return false;
-    return !run->has_val || tokens_check(&run->val, (int)o->seq, e);
+// How many wires a part needs at most, as what; in all
+static int part_wires(Part* c, const ActionList* list, int rank) {
+    bool local_before = c->before == rank, local_after = c->after == rank,
+         whole = c->before < 0 && c->after < 0;
+    c->x_most = c->before < 0 ? 0
+                : local_before ? most_between(list, true, c->index - 1, c->index)
+                               : c->slots + WIRES_AHEAD;
+    c->dy_most = whole ? 0
+                 : c->after < 0 ? 1
+                 : local_after ? most_between(list, false, c->index + 1, c->index)
+                               : 1 + WIRES_AHEAD;
+    return c->x_most + c->dy_most + (c->after >= 0 && !local_after ? WIRES_LEAVING : 0) +
+           (c->before >= 0 && !local_before ? WIRES_LEAVING : 0);
 }
 
-// The micro-batch of an update: a function of the seed and of the sequence's number,
-// so no loader needs a state
-static bool training_batch(Run* run, long step, long micro, Error* e) {
-    const Options* o = &run->o;
-    for (long row = 0; row < o->batch; row++) {
-        uint64_t g = ((uint64_t)step * (uint64_t)o->micro_batches + (uint64_t)micro) * (uint64_t)o->batch +
-                     (uint64_t)row;
-        if (!tokens_train_window(&run->train, (uint64_t)o->seed, g, run->c.T, run->c.V,
-                                 run->tokens + row * o->seq, run->targets + row * o->seq, e))
-            return false;
+static void open_part(Run* run, int index, int direction) {
+    Pipe* p = &run->pipe;
+    Part* c = &p->parts[p->part_count++];
+    Stage stage = {2 * p->first_block[index], 2 * p->first_block[index + 1], index == 0,
+                   index == p->stage_count - 1};
+    int micros = schedule_micros(&p->schedule, direction);
+    size_t room = (size_t)(micros > run->o.val_batches ? micros : run->o.val_batches) + 1;
+    memset(c, 0, sizeof *c);
+    c->stage = stage;
+    c->index = index;
+    c->direction = direction;
+    c->slots = run->training ? schedule_slots(&p->training, index) : 1;
+    if (c->slots < 1) c->slots = 1; // fewer micro-batches than directions: validation still comes by
+    c->before = stage.embeds ? -1 : schedule_rank_of(&p->schedule, index - 1, direction);
+    c->after = stage.heads ? -1 : schedule_rank_of(&p->schedule, index + 1, direction);
+    c->x = (Wire**)allocate(room, sizeof(Wire*));
+    c->dy = (Wire**)allocate(room, sizeof(Wire*));
+    p->wire_count += part_wires(c, &p->training, p->rank);
+}
+
+// The parts of this rank and its action list; first_block is known.
+static void pipe_open(Run* run) {
+    Pipe* p = &run->pipe;
+    int directions = p->schedule.kind == PIPELINE_DUALPIPE ? 2 : 1;
+    p->training = schedule_actions(&p->schedule, p->rank, false);
+    for (int direction = 0; direction < directions; direction++)
+        for (int s = 0; s < p->stage_count; s++)
+            if (schedule_rank_of(&p->schedule, s, direction) == p->rank) open_part(run, s, direction);
+    p->wires = (Wire*)allocate((size_t)p->wire_count, sizeof(Wire));
+}
+
+static void pipe_close(Pipe* p) {
+    for (int i = 0; i < p->part_count; i++) {
+        free((void*)p->parts[i].x);
+        free((void*)p->parts[i].dy);
     }
-    return true;
+    free(p->training.at);
+    free(p->wires);
+    free(p->first_block);
 }
 
-// --- validation and gains
-
-// Windows a validation looks at
-static uint64_t validation_windows(const Run* run) {
-    uint64_t wanted = (uint64_t)run->o.val_batches * (uint64_t)run->o.batch,
-             there = tokens_val_windows(&run->val, run->c.T);
-    return wanted < there ? wanted : there;
+static Part* part_at(Pipe* p, int stage, int direction) {
+    int i = 0;
+    while (p->parts[i].index != stage || p->parts[i].direction != direction) i++;
+    assert(i < p->part_count);
+    return &p->parts[i];
 }
 
-static bool validation_loss(Run* run, double* loss, Error* e) {
-    uint64_t windows = validation_windows(run);
-    int T = run->c.T;
-    double sum = 0;
-    for (uint64_t w = 0; w < windows;) {
-        int B = 0;
-        for (; B < run->o.batch && w < windows; B++, w++)
-            if (!tokens_val_window(&run->val, w, T, run->c.V, run->tokens + B * T, run->targets + B * T, e))
-                return false;
-        sum += machine_loss(run, B) * B;
+static Wire* wire_take(Pipe* p, WireState state, int* books) {
+    Wire* w = p->wires;
+    while (w < p->wires + p->wire_count && w->state != WIRE_FREE) w++;
+    assert(w < p->wires + p->wire_count);       // the books keep count
+    w->state = state;
+    w->books = books;
+    ++*books;
+    return w;
+}
+
+// From now on it counts as another thing; NULL: it is free.
+static void wire_rebook(Wire* w, int* books) {
+    --*w->books;
+    w->books = books;
+    if (books) ++*books;
+    else w->state = WIRE_FREE;
+}
+
+// What goes into `stage`: its input state, or the gradient of its output
+static Header message_header(const Run* run, bool gradient, int stage, int direction, uint32_t micro) {
+    Header h;
+    memset(&h, 0, sizeof h);
+    memcpy(h.magic, "mhc pipe", sizeof h.magic);
+    h.gradient = gradient;
+    h.stage = (uint32_t)stage;
+    h.direction = (uint32_t)direction;
+    h.micro = micro;
+    h.step = (uint64_t)run->step;
+    h.bytes = wire_bytes(run);
+    return h;
+}
+
+// Messages of one tag arrive in order, so that numbers may come again after 1024 micro-batches.
+static int message_tag(const Header* h) {
+    return (int)(((h->stage * 2 + h->gradient) * 2 + h->direction) << 10 | (h->micro & 1023));
+}
+
+static int world_rank(const Pipe* p, int rank) { return p->replica * p->P + rank; }
+
+static void wire_receive(Run* run, const Part* c, const Action* a) {
+    Pipe* p = &run->pipe;
+    Part* part = (Part*)c;
+    bool gradient = a->kind != ACTION_F;
+    Wire* w = wire_take(p, WIRE_RECEIVING, gradient ? &part->dy_used : &part->x_used);
+    machine_wire_expected(run, w);
+    w->expected = message_header(run, gradient, c->index, c->direction, a->micro);
+    w->request = transport_receive(p->transport, world_rank(p, gradient ? c->after : c->before),
+                                   message_tag(&w->expected), w->message, sizeof(Header) + wire_bytes(run));
+    (gradient ? c->dy : c->x)[a->micro] = w;
+}
+
+static void wire_send(Run* run, Wire* w, int peer, int stage, const Action* a) {
+    *w->message = message_header(run, a->kind != ACTION_F, stage, a->direction, a->micro);
+    w->peer = world_rank(&run->pipe, peer);
+    w->state = WIRE_LEAVING;
+    machine_wire_leaves(run, w);
+}
+
+// Posts receives in the order of their use, as far as there are wires for them.
+static void post_receives(Run* run) {
+    Pipe* p = &run->pipe;
+    for (; p->next_receive < p->list.count; p->next_receive++) {
+        const Action* a = &p->list.at[p->next_receive];
+        const Part* c = part_at(p, a->stage, a->direction);
+        bool gradient = a->kind != ACTION_F;
+        int peer = gradient ? c->after : c->before;
+        if (a->kind == ACTION_W || peer < 0 || peer == p->rank) continue;
+        if (gradient ? c->dy_used >= c->dy_most : c->x_used >= c->x_most) return;
+        wire_receive(run, c, a);
     }
-    *loss = sum / (double)windows;
-    return true;
 }
 
-// Nats per byte that even a perfect model needs for the targets of the validation:
-// known for the built-in corpus alone
-static double validation_entropy(const Run* run) {
-    uint64_t bytes = validation_windows(run) * (uint64_t)run->c.T;
-    const float* nats = run->nats + tokens_count(&run->train) + 1;
-    double sum = 0;
-    for (uint64_t i = 0; i < bytes; i++) sum += (double)nats[i];
-    return sum / (double)bytes;
+static void check_header(const Run* run, const Wire* w) {
+    if (!memcmp(w->message, &w->expected, sizeof(Header))) return;
+    const Header *found = w->message, *expected = &w->expected;
+    fprintf(stderr,
+            "rank %d: found a message for step %llu, stage %u, micro-batch %u, %llu bytes, expected step "
+            "%llu, stage "
+            "%u, micro-batch %u, %llu bytes: the ranks do not run the same program\n",
+            run->pipe.transport->rank, (unsigned long long)found->step, found->stage, found->micro,
+            (unsigned long long)found->bytes, (unsigned long long)expected->step, expected->stage,
+            expected->micro, (unsigned long long)expected->bytes);
+    transport_abort(run->pipe.transport, STATUS_USAGE);
 }
 
-// --- generated text
-
-// One token from logits (V) at a temperature, among the k likeliest (0: all). draw is uniform in [0, 1).
-static int sample_token(const real* logits, int V, double temperature, long k, double draw) {
-    int best = 0;
-    for (int v = 1; v < V; v++)
-        if (logits[v] > logits[best]) best = v;
-    if (temperature <= 0) return best;
-    double least = -INFINITY, sum = 0;
-    if (k > 0 && k < V) {                       // the k-th largest, by counting down from the largest
-        double bound = INFINITY;
-        for (long taken = 0; taken < k;) {
-            least = -INFINITY;
-            for (int v = 0; v < V; v++)
-                if ((double)logits[v] < bound && (double)logits[v] > least) least = (double)logits[v];
-            for (int v = 0; v < V; v++) taken += (double)logits[v] == least;
-            bound = least;
+// Moves messages along. Called also between sublayers: no one else does while this rank computes.
+static void pipe_progress(void* context) {
+    Run* run = (Run*)context;
+    Pipe* p = &run->pipe;
+    post_receives(run);
+    for (Wire* w = p->wires; w < p->wires + p->wire_count; w++) {
+        if (w->state == WIRE_LEAVING && machine_wire_left(run, w)) {
+            w->state = WIRE_SENDING;
+            w->request = transport_send(p->transport, w->peer, message_tag(w->message), w->message,
+                                        sizeof(Header) + wire_bytes(run));
+        }
+        if (w->state == WIRE_SENDING && transport_done(p->transport, w->request)) wire_rebook(w, NULL);
+        if (w->state == WIRE_RECEIVING && transport_done(p->transport, w->request)) {
+            check_header(run, w);
+            machine_wire_arrived(run, w);
+            w->state = WIRE_HELD;
         }
     }
-    for (int v = 0; v < V; v++)
-        if ((double)logits[v] >= least) sum += exp(((double)logits[v] - (double)logits[best]) / temperature);
-    draw *= sum;
-    for (int v = 0; v < V; v++) {
-        if ((double)logits[v] < least) continue;
-        draw -= exp(((double)logits[v] - (double)logits[best]) / temperature);
-        if (draw < 0) return v;
+}
+
+static bool is_here(const Wire* w) { return w && w->state == WIRE_HELD; }
+
+// Whether an action's input is here and there is room for its output
+static bool action_ready(Pipe* p, const Action* a) {
+    const Part* c = part_at(p, a->stage, a->direction);
+    if (a->kind == ACTION_W) return true;
+    if (a->kind == ACTION_F)
+        return (c->before < 0 || is_here(c->x[a->micro])) && c->y_leaving < WIRES_LEAVING;
+    return (c->after < 0 || is_here(c->dy[a->micro])) && c->dx_leaving < WIRES_LEAVING;
+}
+
+// For whom a rank waits that cannot go on
+static void describe_wait(Pipe* p, const Action* a, char* text, size_t size) {
+    const Part* c = part_at(p, a->stage, a->direction);
+    bool forward = a->kind == ACTION_F, input = !(forward ? c->before < 0 || is_here(c->x[a->micro])
+                                                          : c->after < 0 || is_here(c->dy[a->micro]));
+    int from = forward ? c->before : c->after, to = forward ? c->after : c->before;
+    snprintf(text, size, "waits for rank %d to %s the %s stage %d, micro-batch %u, direction %d",
+             input ? from : to, input ? "send" : "take", forward == input ? "input of" : "gradient of",
+             a->stage, a->micro, a->direction);
+}
+
+static void load_batch(Run* run, const Action* a) {
+    int micro = schedule_global_micro(&run->pipe.pass, a->direction, (int)a->micro);
+    if (!run->pipe.load(run, micro, &run->pipe.error)) run->pipe.failed = true; // the step ends all the same
+}
+
+static void run_forward(Run* run, Part* c, const Action* a) {
+    Pipe* p = &run->pipe;
+    bool local = c->after == p->rank;
+    Part* next = local ? part_at(p, c->index + 1, c->direction) : NULL;
+    Wire *x = c->before < 0 ? NULL : c->x[a->micro], *y = NULL;
+    if (c->after >= 0) y = wire_take(p, WIRE_HELD, local ? &next->x_used : &c->y_leaving);
+    if (c->stage.embeds || c->stage.heads) load_batch(run, a);
+    machine_forward(run, c, (int)a->micro, x, y);
+    if (local) next->x[a->micro] = y;
+    else if (y) wire_send(run, y, c->after, c->index + 1, a);
+    if (x && p->forward_only) wire_rebook(x, NULL);
+}
+
+static void run_backward(Run* run, Part* c, const Action* a) {
+    Pipe* p = &run->pipe;
+    Wire* dy = c->dy[a->micro];
+    if (c->after < 0 && c->before >= 0) dy = wire_take(p, WIRE_HELD, &c->dy_used);
+    machine_backward(run, c, (int)a->micro, dy, a->kind == ACTION_I);
+    c->dy[a->micro] = NULL;
+    if (c->before < 0) {
+        if (dy) wire_rebook(dy, NULL);
+        return;
     }
-    return best;
+    wire_rebook(c->x[a->micro], NULL);
+    c->x[a->micro] = NULL;
+    Part* previous = c->before == p->rank ? part_at(p, c->index - 1, c->direction) : NULL;
+    wire_rebook(dy, previous ? &previous->dy_used : &c->dx_leaving);
+    if (previous) previous->dy[a->micro] = dy;
+    else wire_send(run, dy, c->before, c->index - 1, a);
 }
 
-// The bytes of a token; none for one that the tokenizer lacks, as a larger --vocab allows.
-static const uint8_t* token_bytes(const Run* run, int token, int* count) {
-    static uint8_t byte;
-    byte = (uint8_t)token;
-    *count = !run->has_bpe || token < bpe_vocab(&run->bpe);
-    return run->has_bpe && *count ? bpe_bytes(&run->bpe, token, count) : &byte;
+static void run_action(Run* run, const Action* a) {
+    Part* c = part_at(&run->pipe, a->stage, a->direction);
+    double start = seconds();
+    if (a->kind == ACTION_F) run_forward(run, c, a);
+    else if (a->kind == ACTION_W) machine_backward_weights(run, c, (int)a->micro);
+    else run_backward(run, c, a);
+    trace_add(&run->pipe.trace, a, start, seconds());
+    transport_progressed(run->pipe.transport);
 }
 
-// Appends the bytes of a token to text; returns the new length
-static size_t append_token(const Run* run, char* text, size_t length, size_t size, int token) {
-    int count;
-    const uint8_t* bytes = token_bytes(run, token, &count);
-    for (int i = 0; i < count && length + 1 < size; i++) text[length++] = (char)bytes[i];
-    text[length] = 0;
-    return length;
+// While nothing can run: the states of a micro-batch whose gradient is still on its way need not wait for it.
+static void wait_usefully(Run* run, const Action* waiting) {
+    Pipe* p = &run->pipe;
+    char text[160];
+    const Part* c = part_at(p, waiting->stage, waiting->direction);
+    bool backward = waiting->kind == ACTION_B || waiting->kind == ACTION_I;
+    if (backward && machine_recompute(run, (Part*)c, (int)waiting->micro)) return;
+    describe_wait(p, waiting, text, sizeof text);
+    transport_idle(p->transport, text);
 }
 
-// Continues the prompt by `count` tokens. Only new positions are computed, the others' keys and values are
-// there; when the context is full, its later half becomes the new beginning (positions are learned,
-// so it must be computed anew).
-static void generate(Run* run, const int32_t* prompt, int prompt_count, long count,
-                     void (*emit)(Run*, int token)) {
-    int T = run->c.T, known = 0, length = prompt_count < T ? prompt_count : T;
-    int32_t* context = (int32_t*)allocate((size_t)T, sizeof(int32_t));
-    real* logits = (real*)allocate((size_t)run->c.V, sizeof(real));
-    memcpy(context, prompt + prompt_count - length, sizeof(int32_t) * (size_t)length);
-    for (long i = 0; i < count; i++) {
-        double draw = (double)(hash64((uint64_t)run->o.seed ^ 0x73616d706c65u,
-                                      (uint64_t)run->step * 1000003u + (uint64_t)i) >>
-                               11) /
-                      9007199254740992.0;
-        machine_logits(run, context, length, known, logits);
-        known = length;
-        if (length == T) {
-            memmove(context, context + T / 2, sizeof(int32_t) * (size_t)(T - T / 2));
-            length = T - T / 2;
-            known = 0;
+// The actions of a pair in the order in which they become ready, the backward one first if both are.
+static void run_together(Run* run, const Action* a, int count) {
+    bool done[2] = {false, false};
+    for (int left = count; left > 0;) {
+        int next = count;
+        pipe_progress(run);
+        while (--next >= 0 && (done[next] || !action_ready(&run->pipe, &a[next]))) {}
+        if (next < 0) {
+            wait_usefully(run, done[count - 1] ? &a[0] : &a[count - 1]);
+            continue;
         }
-        int token = sample_token(logits, run->c.V, run->o.temperature, run->o.top_k, draw);
-        emit(run, token);
-        if (T == 1) length = 0;
-        context[length++] = token;
+        run_action(run, &a[next]);
+        done[next] = true;
+        left--;
     }
-    free(context);
-    free(logits);
+}
+
+static bool wires_at_work(const Pipe* p) {
+    for (int i = 0; i < p->wire_count; i++)
+        if (p->wires[i].state == WIRE_LEAVING || p->wires[i].state == WIRE_SENDING) return true;
+    return false;
+}
+
+// Runs this rank's share of M micro-batches of B sequences, which `load` finds. False if that failed
+// somewhere here: the pass was finished all the same, with what was there.
+static bool pipe_run(Run* run, int M, int B, bool forward_only, bool (*load)(Run*, long, Error*), Error* e) {
+    Pipe* p = &run->pipe;
+    bool generated = M != p->schedule.M || forward_only;
+    p->pass = p->schedule;
+    p->pass.M = M;
+    p->list = generated ? schedule_actions(&p->pass, p->rank, forward_only) : p->training;
+    p->B = B;
+    p->forward_only = forward_only;
+    p->load = load;
+    p->failed = false;
+    p->next_receive = 0;
+    machine_begin_pass(run);
+    for (int i = 0, count; i < p->list.count; i += count) {
+        count = 1 + p->list.at[i].paired;
+        run_together(run, &p->list.at[i], count);
+    }
+    while (wires_at_work(p)) {
+        pipe_progress(run);
+        if (wires_at_work(p)) transport_idle(p->transport, "waits for its last messages to be taken");
+    }
+    machine_end_pass(run);
+    if (generated) free(p->list.at);
+    if (p->failed) *e = p->error;
+    return !p->failed;
 }
 
 typedef enum { VERDICT_APPLY, VERDICT_SKIP, VERDICT_STOP } Verdict;
@@ -2031,7 +2347,40 @@ typedef struct {                // what one update saw
 // ------------------------------------------------------------------------------------------------
 // What surrounds a run, in files of their own
 
+#include "host/generate.h"
+#include "host/ranks.h"
+
+// The first tensor in table order with a number that is not finite, whichever rank holds it; or NULL
+static const Tensor* first_nonfinite_anywhere(Run* run, bool gradients) {
+    const Tensor* t = machine_nonfinite(run, gradients);
+    int count = run->model.tensor_count, first = t ? (int)(t - run->model.tensors) : count;
+    first = count - (int)ranks_max(run, count - first);
+    return first < count ? &run->model.tensors[first] : NULL;
+}
+
 #include "host/checkpoint.h"
+
+static bool validation_loss(Run* run, double* loss, Error* e) {
+    uint64_t windows = validation_windows(run), B = (uint64_t)run->o.batch;
+    double sum = 0;
+    run->loss_sum = 0;
+    bool good = pipe_run(run, (int)((windows + B - 1) / B), (int)B, true, validation_batch, e);
+    if (run->pipe.replica == 0) sum = run->loss_sum;        // every replica validates the same
+    transport_sum(run->pipe.transport, &sum, 1);
+    *loss = sum / (double)windows;
+    return all_well(run, good, e);
+}
+
+// Nats per byte that even a perfect model needs for the targets of the validation:
+// known for the built-in corpus alone
+static double validation_entropy(const Run* run) {
+    uint64_t bytes = validation_windows(run) * (uint64_t)run->c.T;
+    const float* nats = run->nats + tokens_count(&run->train) + 1;
+    double sum = 0;
+    for (uint64_t i = 0; i < bytes; i++) sum += (double)nats[i];
+    return sum / (double)bytes;
+}
+
 #include "host/report.h"
 
 // ------------------------------------------------------------------------------------------------
@@ -2060,9 +2409,9 @@ static Verdict judge(Run* run, StepReport* r) {
     const Tensor* t;
     bool may_skip = run->o.on_spike == SPIKE_SKIP && run->skipped + 1 < MAX_SKIPPED;
     if (!isfinite(r->loss) || !isfinite(r->norm)) {
-        if ((t = machine_nonfinite(run, false)))
+        if ((t = first_nonfinite_anywhere(run, false)))
             snprintf(r->culprit, sizeof r->culprit, "weight %s is not finite", t->name);
-        else if ((t = machine_nonfinite(run, true)))
+        else if ((t = first_nonfinite_anywhere(run, true)))
             snprintf(r->culprit, sizeof r->culprit, "the gradient of %s is not finite", t->name);
         else snprintf(r->culprit, sizeof r->culprit, "the loss is not finite");
         bool weights = !strncmp(r->culprit, "weight", 6);
@@ -2073,15 +2422,20 @@ static Verdict judge(Run* run, StepReport* r) {
     return may_skip ? VERDICT_SKIP : VERDICT_STOP;
 }
 
-// Gradients, loss and norm of update `step` over its micro-batches; false if the data cannot be read.
+// Gradients, loss and norm of the next update; false if the data cannot be read.
 static bool accumulate_gradients(Run* run, StepReport* r, Error* e) {
+    int M = (int)run->o.micro_batches, count = run->model.tensor_count;
     machine_zero_gradients(run);
-    for (long micro = 0; micro < run->o.micro_batches; micro++) {
-        if (!training_batch(run, run->step, micro, e)) return false;
-        machine_micro_batch(run);
-    }
-    machine_gradients(run, &r->loss, &r->norm);
-    return true;
+    run->loss_sum = 0;
+    bool good = pipe_run(run, M, (int)run->o.batch, false, training_batch, e);
+    machine_end_gradients(run);
+    exchange(run, reduce_slice);
+    machine_square_sums(run, run->sums);
+    run->sums[count] = run->loss_sum;
+    transport_sum(run->pipe.transport, run->sums, count + 1);
+    r->loss = run->sums[count] / ((double)M * run->pipe.D);
+    r->norm = norm_of_sums(run->sums, count);
+    return all_well(run, good, e);
 }
 
 // After the gradients: judge, apply or drop, remember. A dropped update still is a step: its data is past.
@@ -2093,11 +2447,12 @@ static void finish_step(Run* run, StepReport* r) {
     if (r->verdict == VERDICT_STOP) return;
     if (r->verdict == VERDICT_APPLY) {
         machine_update(run, r->lr, r->norm);
+        exchange(run, gather_slice);
         spikes_accept(&run->spikes, r->loss);
     }
     run->skipped = r->verdict == VERDICT_SKIP ? run->skipped + 1 : 0;
     run->step++;
-    run->tokens_seen += (uint64_t)run->o.micro_batches * (uint64_t)run->o.batch * (uint64_t)run->o.seq;
+    run->tokens_seen += (uint64_t)step_tokens(run);
 }
 
 static bool train_step(Run* run, StepReport* r, Error* e) {
@@ -2108,271 +2463,8 @@ static bool train_step(Run* run, StepReport* r, Error* e) {
     return true;
 }
 
-static bool every(long period, long step) { return period > 0 && step % period == 0; }
-
-// What is due after a step. False only if the data cannot be read;
-// a save that fails now is tried again later.
-static bool after_step(Run* run, const StepReport* r, double mean_seconds, Error* e) {
-    const Options* o = &run->o;
-    Gain gain;
-    bool last = run->step == o->steps, gains = every(o->gain_every, run->step) || (o->gain_every && last);
-    if (gains && !measure_gains(run, &gain, e)) return false;
-    report_step(run, r, gains ? &gain : NULL, mean_seconds);
-    if ((every(o->val_every, run->step) || last) && !report_validation(run, e)) return false;
-    if (every(o->sample_every, run->step) || last) report_sample(run);
-    Error save;
-    if (every(o->save_every, run->step) && !last && !save_checkpoint(run, &save))
-        fprintf(stderr, "warning: %s; the next save tries again\n", save.text);
-    return true;
-}
-
-static int train(Run* run, int argc, char** argv) {
-    Error e;
-    StepReport r;
-    double mean_seconds = 0;
-    if (run->step >= run->o.steps)
-        printf("nothing to do: step %ld of %ld is done\n", run->step, run->o.steps);
-    while (run->step < run->o.steps) {
-        if (!train_step(run, &r, &e)) break;
-        mean_seconds = mean_seconds > 0 ? 0.95 * mean_seconds + 0.05 * r.seconds : r.seconds;
-        if (r.verdict == VERDICT_STOP) {
-            report_step(run, &r, NULL, mean_seconds);
-            fprintf(stderr, "stopped at step %ld: %s; the update was not applied and nothing was saved\n",
-                    run->step + 1, r.culprit);
-            return stop_run(run, r.culprit, STATUS_NONFINITE);
-        }
-        if (!after_step(run, &r, mean_seconds, &e)) break;
-        if (stop_requested && run->step < run->o.steps) return stop_on_signal(run, argc, argv);
-    }
-    if (run->step < run->o.steps) { // the data cannot be read any further: keep what has been learnt
-        fprintf(stderr, "%s\n", e.text);
-        return save_and_stop(run, e.text, STATUS_USAGE);
-    }
-    int status = save_and_stop(run, "done", STATUS_DONE);
-    if (status == STATUS_DONE)
-        printf("done: %s/run.jsonl, %s/step_%08ld.safetensors\n", run->o.out, run->o.out, run->step);
-    return status;
-}
-
-// ------------------------------------------------------------------------------------------------
-// Starting: where weights come from, how much memory it takes
-
-static int recompute_block(const Run* run) {
-    long block = run->o.recompute == RECOMPUTE_AUTO ? automatic_block(&run->c) : run->o.recompute;
-    return block < 1 ? 1 : block < 2 * run->c.L ? (int)block : 2 * run->c.L;
-}
-
-static void layout_run(Run* run, Arena* arena) {
-    int B = (int)run->o.batch, T = run->c.T;
-    machine_layout(run, arena, recompute_block(run));
-    run->tokens = (int32_t*)plan_carve(arena, "data", (size_t)B * (size_t)T, sizeof(int32_t));
-    run->targets = (int32_t*)plan_carve(arena, "data", (size_t)B * (size_t)T, sizeof(int32_t));
-    plan_add(arena, "data", tokens_resident_bytes(&run->train));
-    if (run->has_val) plan_add(arena, "data", tokens_resident_bytes(&run->val));
-    if (run->corpus) plan_add(arena, "data", CORPUS_BYTES * sizeof(float));
-}
-
-static void print_model(const Run* run) {
-    char text[OPTION_SIZE];
-    options_value(&run->o, options_find("residual"), text, sizeof text);
-    printf("model: %d blocks, width %d, %d heads, context %d, vocabulary %d, residual %s", run->c.L, run->c.C,
-           run->c.NH, run->c.T, run->c.V, text);
-    if (has_connections(&run->c)) printf(" with %d streams", run->c.n);
-    printf(", %.3f M parameters\n", (double)run->model.size / 1e6);
-    machine_describe(run, text, sizeof text);
-    printf("step:  %ld x %ld sequences of %d tokens, %.2f GFLOP; %s", run->o.micro_batches, run->o.batch,
-           run->c.T,
-           flops_per_token(&run->model, run->c.T) * (double)(run->o.micro_batches * run->o.batch * run->c.T) /
-               1e9,
-           text);
-    if (run->peak > 0) printf(", measured peak %.0f GFLOP/s", run->peak / 1e9);
-    printf("\n");
-}
-
-// Everything that is large, once it is known to fit.
-static bool allocate_run(Run* run, Error* e) {
-    model_layout(&run->model, &run->c);
-    activations_open(&run->acts, &run->c);
-    activations_open(&run->infer, &run->c);
-    if (!machine_open(run, e)) return false;
-    layout_run(run, &run->arena);
-    if (run->o.plan) return true;
-    if (!plan_check(&run->arena, "reduce --batch, --seq or --layers, or try --recompute auto", e))
-        return false;
-    plan_open(&run->arena);
-    layout_run(run, &run->arena);
-    model_initialise(&run->model, (uint64_t)run->o.seed);
-    return true;
-}
-
-// The file that weights come from: a checkpoint to go on from (*resume), else --init-from; for --eval
-// and --generate --init-from, else the newest in --out. False: none is needed, or an error if e is not empty.
-static bool open_source(Run* run, SafeFile* f, bool* resume, Error* e) {
-    const Options* o = &run->o;
-    bool needed = !run->training;
-    e->text[0] = 0;
-    *resume = false;
-    if (needed ? !o->init_from[0] : o->resume) {
-        *resume = open_newest(f, o->out, e) && o->resume;
-        if (f->strings || e->text[0]) return f->strings != NULL;
-        if (needed)
-            return fail(e,
-                        "%s: found no checkpoint, expected one, train first or name a file with --init-from",
-                        o->out);
-        printf("no checkpoint in %s: starting at step 0\n", o->out);
-    }
-    return o->init_from[0] && safetensors_open(f, o->init_from, e);
-}
-
-// Vocabulary of a file of weights without our metadata: the rows of wte.
-static void vocabulary_of(Run* run, const SafeFile* f) {
-    const SafeTensor* wte = find_weight(f, "wte.weight");
-    if (!run->o.vocab && wte && wte->rank == 2 && wte->shape[0] <= INT32_MAX)
-        run->o.vocab = (long)wte->shape[0];
-}
-
-static bool check_options(const Run* run, Error* e) {
-    if (!options_check(&run->o, e) || !machine_can(run, e)) return false;
-    if (run->o.recompute > 2 * run->o.layers)
-        return fail(e, "--recompute: found %ld, expected at most the number of sublayers, %ld",
-                    run->o.recompute, 2 * run->o.layers);
-    if (run->o.batch * run->o.seq > INT32_MAX)
-        return fail(
-            e, "--batch: found %ld tokens in a micro-batch, expected less than 2^31, reduce --batch or --seq",
-            run->o.batch * run->o.seq);
-    return true;
-}
-
-// A directory of its own for a run that trains. Without --resume one that has checkpoints is not touched.
-static bool prepare_directory(Run* run, Error* e) {
-    const Options* o = &run->o;
-    if (!rundir_open(o->out, e)) return false;
-    if (o->resume) return true;
-    Checkpoints found = rundir_list(o->out);
-    free(found.steps);
-    return !found.count || o->overwrite ||
-           fail(e,
-                "%s: found %d checkpoints of an earlier run, expected none, go on with --resume, or start "
-                "anew with --overwrite",
-                o->out, found.count);
-}
-
-// What the data holds shows in its first windows;
-// a run that cannot use it has not yet replaced another's files then.
-static bool check_windows(Run* run, Error* e) {
-    return training_batch(run, run->step, 0, e) &&
-           (!run->has_val ||
-            tokens_val_window(&run->val, 0, run->c.T, run->c.V, run->tokens, run->targets, e));
-}
-
-static bool open_run(Run* run, Error* e) {
-    SafeFile f;
-    Options* o = &run->o;
-    bool trains = !o->eval && !o->generate[0] && !o->dump[0] && !o->plan;
-    memset(&f, 0, sizeof f);
-    run->training = !o->eval && !o->generate[0];
-    if (!check_options(run, e) || (trains && !prepare_directory(run, e))) return false;
-    bool resume, from_file = open_source(run, &f, &resume, e);
-    if (!from_file && e->text[0]) return false;
-    if (from_file && !restore_options(run, &f, resume, e)) return false;
-    if (from_file) vocabulary_of(run, &f);
-    if (!check_options(run, e) || !open_data(run, e) || !check_options(run, e)) return false;
-    run->c = config_of(o);
-    if (!allocate_run(run, e)) return false;
-    if (from_file && !o->plan) {
-        if (!load_weights(&run->model, &f, e)) return false;
-        if (resume && run->training && (!load_moments(&run->model, &f, e) || !restore_position(run, &f, e)))
-            return false;
-    }
-    if (from_file) safetensors_close(&f);
-    if (!o->plan) machine_load(run);
-    return !trains || check_windows(run, e);
-}
-
-static int run_training(Run* run, int argc, char** argv) {
-    Error e;
-    char path[RUNDIR_PATH];
-    snprintf(path, sizeof path, "%s/run.jsonl", run->o.out);
-    catch_signals();
-    if (!run->o.resume) rundir_keep(run->o.out, 0);
-    if (!runlog_open(&run->log, path, run->o.resume ? run->step : -1, &e)) die("%s", e.text);
-    run->peak = machine_peak(run);
-    print_model(run);
-    machine_print_plan(run);
-    if (!run->has_val)
-        printf("no validation: the shards of --data are all trained on, name others with --val-data\n");
-    log_run(run);
-    return train(run, argc, argv);
-}
-
-static void emit_text(Run* run, int token) {
-    int count;
-    const uint8_t* bytes = token_bytes(run, token, &count);
-    fwrite(bytes, 1, (size_t)count, stdout);
-    fflush(stdout);
-}
-
-// The status of a mode whose result goes to stdout
-static int output_written(void) {
-    if (!fflush(stdout) && !ferror(stdout)) return STATUS_DONE;
-    fprintf(stderr, "stdout: cannot be written (%s), expected room for the result\n", strerror(errno));
-    return STATUS_SAVE_FAILED;
-}
-
-static int run_generation(Run* run) {
-    size_t bytes = strlen(run->o.generate);
-    int32_t* prompt = (int32_t*)allocate(bytes, sizeof(int32_t));
-    if (!can_print(run))
-        die("--generate: found a model of token numbers, expected text, name its vocabulary with "
-            "--tokenizer");
-    int count = (int)bytes;
-    if (run->has_bpe) count = (int)bpe_encode(&run->bpe, (const uint8_t*)run->o.generate, bytes, prompt);
-    else
-        for (size_t i = 0; i < bytes; i++) prompt[i] = (unsigned char)run->o.generate[i];
-    for (int i = 0; i < count; i++)
-        if (prompt[i] >= run->c.V)
-            die("--generate: found token %d, expected less than the vocabulary, %d", prompt[i], run->c.V);
-    fputs(run->o.generate, stdout);
-    generate(run, prompt, count, run->o.tokens, emit_text);
-    putchar('\n');
-    free(prompt);
-    return output_written();
-}
-
-static int run_mode(Run* run, int argc, char** argv) {
-    Error e;
-    double loss;
-    if (run->o.plan) {
-        print_model(run);
-        machine_print_plan(run);
-        return STATUS_DONE;
-    }
-    if (run->o.generate[0]) return run_generation(run);
-    if (run->o.dump[0]) {
-        if (dump(run, &e)) return STATUS_DONE;
-        fprintf(stderr, "%s\n", e.text);
-        return STATUS_SAVE_FAILED;
-    }
-    if (!run->o.eval) return run_training(run, argc, argv);
-    if (!run->has_val) die("--eval: found no validation data, expected some, name it with --val-data");
-    if (!validation_loss(run, &loss, &e)) die("%s", e.text);
-    printf("val loss %.6f\n", loss);
-    return output_written();
-}
-
-static void close_run(Run* run) {
-    machine_close(run);
-    activations_close(&run->acts);
-    activations_close(&run->infer);
-    model_close(&run->model);
-    free(run->arena.memory);
-    if (run->has_val) tokens_close(&run->val);
-    tokens_close(&run->train);
-    if (run->has_bpe) bpe_close(&run->bpe);
-    free(run->corpus);
-    free(run->nats);
-    if (run->log.file) runlog_close(&run->log);
-}
+#include "host/start.h"
+#include "host/loop.h"
 
 #ifndef TESTING
 int main(int argc, char** argv) {
@@ -2380,18 +2472,25 @@ int main(int argc, char** argv) {
     Error e;
     wait_briefly(argv);
     setvbuf(stdout, NULL, _IOLBF, 0);
-    if (!options_parse(&run.o, &run.given, argc, argv, &e)) die("%s", e.text);
+    Transport* transport = transport_open(&argc, &argv);
+    bool leader = transport->rank == 0;
+    if (!options_parse(&run.o, &run.given, argc, argv, &e)) {
+        if (leader) die("%s", e.text);
+        exit(STATUS_USAGE);
+    }
     if (run.o.help) {
-        options_help(stdout, "train_gpt_mhc");
-        return STATUS_DONE;
+        if (leader) options_help(stdout, "train_gpt_mhc");
+    } else if (run.o.version) {
+        if (leader) printf("train_gpt_mhc %s (%s)\n", PROGRAM_VERSION, GIT_HASH);
+    } else if (run.o.print_schedule) {
+        if (leader) print_schedule(&run);
+    } else {
+        bool trial = transport->size == 1 && run.o.ranks > 1 && !run.o.plan && transport->loopback;
+        int status = trial ? run_in_one_process(&run, argc, argv) : run_rank(&run, transport, argc, argv);
+        transport_close(transport);
+        return status;
     }
-    if (run.o.version) {
-        printf("train_gpt_mhc %s (%s)\n", PROGRAM_VERSION, GIT_HASH);
-        return STATUS_DONE;
-    }
-    if (!open_run(&run, &e)) die("%s", e.text);
-    int status = run_mode(&run, argc, argv);
-    close_run(&run);
-    return status;
+    transport_close(transport);
+    return STATUS_DONE;
 }
 #endif

@@ -2379,25 +2379,37 @@ typedef struct {
     floatX* weights;            // (m.size) copies of the masters, which the products read
 } DeviceModel;
 
+static size_t aligned_size(size_t size) { return (size + TENSOR_ALIGN - 1) / TENSOR_ALIGN * TENSOR_ALIGN; }
+
 // As the host's model, but each tensor begins at a multiple of TENSOR_ALIGN numbers, so that vectors of 16
 // bytes can be read, and wte has Vp rows: the last ones are zero for ever, and no softmax, norm or file sees
 // them.
 static void device_layout(DeviceModel* d, const Model* host) {
-    size_t end = 0;
+    size_t end = 0, block_end = 0;
     d->m = *host;
     d->m.tensors = (Tensor*)allocate((size_t)host->tensor_count, sizeof(Tensor));
+    d->m.moment_size = 0;
     for (int i = 0; i < host->tensor_count; i++) {
         Tensor* t = &d->m.tensors[i];
         *t = host->tensors[i];
-        size_t size = tensor_size(t);
+        if (!t->here) continue;
+        size_t size = tensor_size(t), before = end;
         if (t->spec == &tensor_specs[WTE]) size = (size_t)padded_vocabulary(&host->c) * t->cols;
         t->first = end;
-        end += (size + TENSOR_ALIGN - 1) / TENSOR_ALIGN * TENSOR_ALIGN;
-        if (t->block <= 0) d->m.first[t->spec - tensor_specs] = t->first;
-        if (t->block == 1 && (t - 1)->block == 0)
-            d->m.block_size = t->first - d->m.first[(t->spec - tensor_specs)];
+        end += aligned_size(size);
+        t->moments = d->m.moment_size;
+        d->m.moment_size += aligned_size(t->piece_size);
+        if (t->block < 0 || host->place[t->block] == 0) d->m.first[t->spec - tensor_specs] = t->first;
+        if (t->block >= 0 && host->place[t->block] == 0) block_end = end;
+        else if (t->block >= 0 && host->place[t->block] == 1 && before == block_end)
+            d->m.block_size = before - d->m.first[t->spec - tensor_specs];
     }
     d->m.size = end;
+}
+
+// NumberKind of the head's gradient, where the head is
+static size_t head_size(const Model* m) {
+    return holds_head(m) ? (size_t)padded_vocabulary(&m->c) * (size_t)m->c.C : 0;
 }
 
 static void device_model_memory(DeviceModel* d, DeviceArena* arena, bool training) {
@@ -2405,9 +2417,9 @@ static void device_model_memory(DeviceModel* d, DeviceArena* arena, bool trainin
     d->weights = carve_x(arena, "parameters (copies)", d->m.size);
     if (!training) return;
     d->m.grads = carve_f(arena, "gradients", d->m.size);
-    d->m.head_grads = carve_f(arena, "gradients", (size_t)padded_vocabulary(&d->m.c) * (size_t)d->m.c.C);
-    d->m.adam_m = carve_f(arena, "AdamW moments", d->m.size);
-    d->m.adam_v = carve_f(arena, "AdamW moments", d->m.size);
+    d->m.head_grads = carve_f(arena, "gradients", head_size(&d->m));
+    d->m.adam_m = carve_f(arena, "AdamW moments", d->m.moment_size);
+    d->m.adam_v = carve_f(arena, "AdamW moments", d->m.moment_size);
 }
 
 static floatX* weight(const DeviceModel* d, TensorId id, int l) {
@@ -2422,26 +2434,33 @@ typedef struct {                // of one sublayer, rows = B * T
     floatX *fc, *gelu;          // (rows, 4C) before and after GELU
 } DeviceSublayer;
 
-typedef struct {
+// Of one micro-batch in one stage; the second half is scratch, which all micro-batches share.
+typedef struct DeviceActivations {
     int B, T, block, head_rows; // at most; sublayers per block of recomputation; rows of logits at once
     const BoundaryKernels* kernels;
+    Stage stage;
     DeviceSublayer* sub;        // [2L]
     floatX** state;             // [2L + 1] (rows, n, C)
-    floatX *mean, *ln, *logits; // (rows, C), (rows, C), (head_rows, Vp)
+    floatX *mean, *ln;          // (rows, C)
     float *stats, *losses;      // (rows, 2), (rows)
+    int32_t *tokens, *targets;  // (B, T)
+    TokenGroups groups;         // the rows by token, for the embedding's gradient
+    struct DeviceActivations* shared;   // whose scratch this is, and who had the states between blocks' starts last
+    const struct DeviceActivations* resident;
+    floatX** between;           // [block] (rows, n, C)
+    floatX* logits;             // (head_rows, Vp)
     floatX *dstate, *dln, *dwide, *df;          // (rows, n, C), (rows, C), (rows, 4C), (rows, C)
     float* dcoef;               // (rows, n*n + 2n)
     float* scratch;             // of whichever backward kernel runs: one stream, so one at a time
-    int32_t *tokens, *targets;  // (B, T)
-    TokenGroups groups;         // the rows by token, for the embedding's gradient
 } DeviceActivations;
 
-static void device_layout_sublayer(DeviceSublayer* s, DeviceArena* arena, const Config* c, int k, size_t rows,
+static void device_layout_sublayer(const DeviceActivations* a, DeviceArena* arena, const Config* c, int k,
                                    bool training) {
-    size_t C = (size_t)c->C;
+    size_t C = (size_t)c->C, rows = (size_t)a->B * (size_t)a->T;
+    DeviceSublayer* s = a->sub + k;
     s->coef = carve_f(arena, "coefficients", rows * (size_t)coefficient_count(c));
     if (k % 2 == 0) s->qkv = carve_x(arena, "activations", rows * 3 * C);
-    if (k >= 2 && !training) {          // without a backward pass only keys and values are wanted again
+    if (k >= a->stage.first + 2 && !training) {         // without a backward pass only keys and values are wanted again
         DeviceSublayer shared = s[-2];
         shared.coef = s->coef;
         shared.qkv = s->qkv;
@@ -2463,13 +2482,17 @@ static void device_layout_sublayer(DeviceSublayer* s, DeviceArena* arena, const 
     }
 }
 
-static void device_layout_states(DeviceActivations* a, DeviceArena* arena, const Config* c, size_t rows,
-                                 bool training) {
-    size_t size = rows * (size_t)c->n * (size_t)c->C;
-    int block = training ? a->block : 2;        // without a backward pass two states take turns
-    for (int k = 0; k <= 2 * c->L; k++) {
-        if (training ? k % block == 0 || k < block : k < 2) a->state[k] = carve_x(arena, "streams", size);
-        else a->state[k] = a->state[k % block];
+// As the reference's layout_states
+static void device_layout_states(DeviceActivations* a, DeviceArena* arena, const Config* c, bool training) {
+    size_t size = (size_t)a->B * (size_t)a->T * (size_t)c->n * (size_t)c->C;
+    const Stage* stage = &a->stage;
+    for (int k = stage->first; k <= stage->last; k++) {
+        int j = k - stage->first;
+        bool wired = (k == stage->first && !stage->embeds) || (k == stage->last && !stage->heads);
+        if (wired) continue;
+        if (training && j % a->block) a->state[k] = a->between[j % a->block];
+        else if (!training && j > 2) a->state[k] = a->state[k - 2];
+        else a->state[k] = carve_x(arena, "streams", size);
     }
 }
 
@@ -2488,35 +2511,51 @@ enum {
     DUMP_ROWS = 64              // of logits, at least; and that a dump fetches at once
 };
 
-static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, const Config* c, int B,
-                                      int T, int block, const BoundaryKernels* kernels, bool training) {
-    size_t rows = (size_t)B * (size_t)T, C = (size_t)c->C, Vp = (size_t)padded_vocabulary(c);
-    size_t chunk = LOGITS_BYTES / sizeof(floatX) / Vp;
-    a->B = B;
-    a->T = T;
-    a->block = block;
-    a->kernels = kernels;
-    a->head_rows = (int)(chunk < (size_t)DUMP_ROWS ? (size_t)DUMP_ROWS : chunk);
-    if ((size_t)a->head_rows > rows) a->head_rows = (int)rows;
-    device_layout_states(a, arena, c, rows, training);
-    for (int k = 0; k < 2 * c->L; k++) device_layout_sublayer(a->sub + k, arena, c, k, rows, training);
+// What a micro-batch keeps, after the scratch has been laid out.
+static void device_layout_slot(DeviceActivations* a, DeviceArena* arena, const Config* c, bool training) {
+    size_t rows = (size_t)a->B * (size_t)a->T, C = (size_t)c->C;
+    device_layout_states(a, arena, c, training);
+    for (int k = a->stage.first; k < a->stage.last; k++) device_layout_sublayer(a, arena, c, k, training);
+    if (!a->stage.embeds && !a->stage.heads) return;
+    a->tokens = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
+    a->targets = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
+    if (training && a->stage.embeds) {
+        a->groups.order = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
+        a->groups.first = (int32_t*)device_carve(arena, "data", rows + 1, sizeof(int32_t));
+        a->groups.token = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
+    }
+    if (!a->stage.heads) return;
     a->mean = carve_x(arena, "activations", rows * C);
     a->stats = carve_f(arena, "activations", rows * 2);
     a->ln = carve_x(arena, "activations", rows * C);
     a->losses = carve_f(arena, "activations", rows);
-    a->logits = carve_x(arena, "logits", (size_t)a->head_rows * Vp);
-    a->tokens = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
-    a->targets = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
+}
+
+static void device_layout_scratch(DeviceActivations* a, DeviceArena* arena, const Config* c, int B, int T,
+                                  int block, const BoundaryKernels* kernels, bool training) {
+    size_t rows = (size_t)B * (size_t)T, C = (size_t)c->C, Vp = (size_t)padded_vocabulary(c);
+    size_t chunk = LOGITS_BYTES / sizeof(floatX) / Vp, state = rows * (size_t)c->n * C;
+    a->B = B;
+    a->T = T;
+    a->block = block;
+    a->kernels = kernels;
+    a->head_rows = (int)(chunk < DUMP_ROWS ? (size_t)DUMP_ROWS : chunk);
+    if ((size_t)a->head_rows > rows) a->head_rows = (int)rows;
+    a->logits = carve_x(arena, "logits", a->stage.heads ? (size_t)a->head_rows * Vp : 0);
     if (!training) return;
-    a->dstate = carve_x(arena, "backward", rows * (size_t)c->n * C);
+    for (int j = 1; j < block; j++) a->between[j] = carve_x(arena, "streams", state);
+    if (a->stage.embeds && a->stage.heads) a->dstate = carve_x(arena, "backward", state);
     a->dwide = carve_x(arena, "backward", rows * 4 * C);
     a->dln = carve_x(arena, "backward", rows * C);
     if (has_connections(c)) a->df = carve_x(arena, "backward", rows * C);
     a->dcoef = carve_f(arena, "backward", rows * (size_t)coefficient_count(c));
     a->scratch = carve_f(arena, "backward", backward_scratch(c, B, T, kernels));
-    a->groups.order = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
-    a->groups.first = (int32_t*)device_carve(arena, "data", rows + 1, sizeof(int32_t));
-    a->groups.token = (int32_t*)device_carve(arena, "data", rows, sizeof(int32_t));
+}
+
+static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, const Config* c, int B,
+                                      int T, int block, const BoundaryKernels* kernels, bool training) {
+    device_layout_scratch(a, arena, c, B, T, block, kernels, training);
+    device_layout_slot(a, arena, c, training);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2542,18 +2581,19 @@ static DeviceConnection device_connection(const DeviceModel* d, int k) {
     return c;
 }
 
-// From the output of sublayer k - 1 to the input of sublayer k; k = 2L only writes the last state.
+// From the output of sublayer k - 1 to the input of sublayer k. The stage's last only writes its state, its first
+// has no sublayer before it.
 static void boundary_forward(const Pass* p, int k) {
     const Config* c = &p->d->m.c;
     DeviceActivations* a = p->a;
-    int rows = pass_rows(p), last = 2 * c->L;
+    int rows = pass_rows(p), last = a->stage.last;
     size_t r = (size_t)p->row0, C = (size_t)c->C, n = (size_t)c->n, count = (size_t)coefficient_count(c);
-    const DeviceSublayer* before = k > 0 ? &a->sub[k - 1] : NULL;
+    const DeviceSublayer* before = k > a->stage.first ? &a->sub[k - 1] : NULL;
     floatX* y = a->state[k] + r * n * C;
-    const floatX* x = k > 0 ? a->state[k - 1] + r * n * C : NULL;
-    const floatX* f = k > 0 ? before->f + r * C : NULL;
+    const floatX* x = before ? a->state[k - 1] + r * n * C : NULL;
+    const floatX* f = before ? before->f + r * C : NULL;
     if (!has_connections(c)) {
-        if (k > 0) add_gpu(y, c->residual == RESIDUAL_PLAIN ? x : NULL, f, (size_t)rows * C, p->stream);
+        if (before) add_gpu(y, c->residual == RESIDUAL_PLAIN ? x : NULL, f, (size_t)rows * C, p->stream);
         if (k == last) return;
         layernorm_forward_gpu(a->sub[k].ln + r * C, a->sub[k].stats + r * 2, y,
                               weight(p->d, k % 2 ? LN_2_W : LN_1_W, k / 2),
@@ -2561,6 +2601,7 @@ static void boundary_forward(const Pass* p, int k) {
         return;
     }
     Connections connections = connections_of(c);
+    if (k == last && !before) return;
     if (k == last) return write_gpu(y, x, f, before->coef + r * count, connections, rows, p->stream);
     DeviceSublayer* s = &a->sub[k];
     DeviceConnection q = device_connection(p->d, k);
@@ -2602,21 +2643,26 @@ static void device_sublayer_forward(const Pass* p, int k) {
     }
 }
 
-// a->ln (rows, C) from a->tokens; `saw` is called with each state while it is there, if not NULL
+// A stage, from a->tokens or a->state[first] to a->ln (rows, C) or a->state[last]; `saw` is called with each state
+// while it is there, if not NULL.
 static void device_forward(const Pass* p, void (*saw)(const Pass*, int k, void* context), void* context) {
     const DeviceModel* d = p->d;
     DeviceActivations* a = p->a;
     const Config* c = &d->m.c;
+    const Stage* stage = &a->stage;
     size_t r = (size_t)p->row0, C = (size_t)c->C, n = (size_t)c->n;
     int rows = pass_rows(p);
     assert(p->B * p->T <= a->B * a->T && p->T <= c->T && (p->row0 == 0 || p->B == 1));
-    embedding_forward_gpu(a->state[0] + r * n * C, a->tokens + r, weight(d, WTE, 0),
-                          weight(d, WPE, 0) + r * C, rows, p->T, c->n, c->C, p->stream);
-    for (int k = 0; k <= 2 * c->L; k++) {
+    if (stage->embeds)
+        embedding_forward_gpu(a->state[0] + r * n * C, a->tokens + r, weight(d, WTE, 0),
+                              weight(d, WPE, 0) + r * C, rows, p->T, c->n, c->C, p->stream);
+    for (int k = stage->first; k <= stage->last; k++) {
         boundary_forward(p, k);
-        if (saw) saw(p, k, context);
-        if (k < 2 * c->L) device_sublayer_forward(p, k);
+        if (saw && (k < stage->last || stage->heads)) saw(p, k, context);
+        if (k < stage->last) device_sublayer_forward(p, k);
     }
+    a->shared->resident = a;
+    if (!stage->heads) return;
     readout_forward_gpu(a->mean + r * C, a->ln + r * C, a->stats + r * 2, a->state[2 * c->L] + r * n * C,
                         weight(d, LN_F_W, 0), weight(d, LN_F_B, 0), rows, c->n, c->C, p->stream);
 }
@@ -2649,8 +2695,8 @@ static void device_head(const Pass* p, float scale) {
 static void device_recompute_states(const Pass* p, int k) {
     const Config* c = &p->d->m.c;
     DeviceActivations* a = p->a;
-    int rows = p->B * p->T;
-    for (int j = k / a->block * a->block; j < k; j++) {
+    int rows = p->B * p->T, first = a->stage.first;
+    for (int j = first + (k - first) / a->block * a->block; j < k; j++) {
         if (has_connections(c))
             write_gpu(a->state[j + 1], a->state[j], a->sub[j].f, a->sub[j].coef, connections_of(c), rows,
                       p->stream);
@@ -2660,34 +2706,61 @@ static void device_recompute_states(const Pass* p, int k) {
     }
 }
 
-// a->dln (rows, C) = from df (rows, C); gradients of F's parameters +=
-static void device_sublayer_backward(const Pass* p, const floatX* df, int k) {
+// The states that the backward pass needs first, unless they are still there; it need not have begun.
+static void device_recompute_last_block(const Pass* p) {
+    DeviceActivations* a = p->a;
+    if (a->shared->resident != a && a->stage.last > a->stage.first) device_recompute_states(p, a->stage.last - 1);
+    a->shared->resident = a;
+}
+
+// a->dln (rows, C) = from df (rows, C). What the weights' gradients need beside activations stays in a->dwide:
+// (rows, 3C) of qkv or (rows, 4C) of fc.
+static void device_sublayer_backward_input(const Pass* p, const floatX* df, int k) {
     const DeviceModel* d = p->d;
-    const Model* m = &d->m;
+    DeviceActivations* a = p->a;
+    const DeviceSublayer* s = &a->sub[k];
+    int C = d->m.c.C, l = k / 2, rows = p->B * p->T;
+    if (k % 2 == 0) {
+        floatX* dattn = a->dln;             // free until it is written
+        linear_backward_input_gpu(p->lt, dattn, df, weight(d, ATTN_PROJ_W, l), NULL, rows, C, C, p->stream);
+        attention_backward_gpu(a->dwide, dattn, s->attn, s->lse, s->qkv, a->scratch, p->B, p->T, C, d->m.c.NH,
+                               p->stream);
+        linear_backward_input_gpu(p->lt, a->dln, a->dwide, weight(d, C_ATTN_W, l), NULL, rows, C, 3 * C,
+                                  p->stream);
+    } else {
+        linear_backward_input_gpu(p->lt, a->dwide, df, weight(d, MLP_PROJ_W, l), s->fc, rows, 4 * C, C,
+                                  p->stream);
+        linear_backward_input_gpu(p->lt, a->dln, a->dwide, weight(d, C_FC_W, l), NULL, rows, C, 4 * C,
+                                  p->stream);
+    }
+}
+
+// Gradients of F's matrices and biases += from df (rows, C) and dwide
+static void device_sublayer_backward_weight(const Pass* p, const floatX* df, const floatX* dwide, int k) {
+    const Model* m = &p->d->m;
     DeviceActivations* a = p->a;
     const DeviceSublayer* s = &a->sub[k];
     int C = m->c.C, l = k / 2, rows = p->B * p->T;
     if (k % 2 == 0) {
-        floatX* dattn = a->dln;             // free until it is written
-        linear_backward_input_gpu(p->lt, dattn, df, weight(d, ATTN_PROJ_W, l), NULL, rows, C, C, p->stream);
         linear_backward_weight_gpu(p->lt, grad(m, ATTN_PROJ_W, l), grad(m, ATTN_PROJ_B, l), df, s->attn, rows,
                                    C, C, a->scratch, p->stream);
-        attention_backward_gpu(a->dwide, dattn, s->attn, s->lse, s->qkv, a->scratch, p->B, p->T, C, m->c.NH,
-                               p->stream);
-        linear_backward_input_gpu(p->lt, a->dln, a->dwide, weight(d, C_ATTN_W, l), NULL, rows, C, 3 * C,
-                                  p->stream);
-        linear_backward_weight_gpu(p->lt, grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), a->dwide, s->ln, rows,
-                                   C, 3 * C, a->scratch, p->stream);
+        linear_backward_weight_gpu(p->lt, grad(m, C_ATTN_W, l), grad(m, C_ATTN_B, l), dwide, s->ln, rows, C,
+                                   3 * C, a->scratch, p->stream);
     } else {
-        linear_backward_input_gpu(p->lt, a->dwide, df, weight(d, MLP_PROJ_W, l), s->fc, rows, 4 * C, C,
-                                  p->stream);
         linear_backward_weight_gpu(p->lt, grad(m, MLP_PROJ_W, l), grad(m, MLP_PROJ_B, l), df, s->gelu, rows,
                                    4 * C, C, a->scratch, p->stream);
-        linear_backward_input_gpu(p->lt, a->dln, a->dwide, weight(d, C_FC_W, l), NULL, rows, C, 4 * C,
-                                  p->stream);
-        linear_backward_weight_gpu(p->lt, grad(m, C_FC_W, l), grad(m, C_FC_B, l), a->dwide, s->ln, rows, C,
+        linear_backward_weight_gpu(p->lt, grad(m, C_FC_W, l), grad(m, C_FC_B, l), dwide, s->ln, rows, C,
                                    4 * C, a->scratch, p->stream);
     }
+}
+
+// What the weights' gradients will need takes the place of activations that nobody reads again.
+static void device_defer(const Pass* p, const floatX* df, int k) {
+    const DeviceSublayer* s = &p->a->sub[k];
+    size_t width = sizeof(floatX) * (size_t)(p->B * p->T) * (size_t)p->d->m.c.C;
+    floatX* wide = k % 2 ? s->fc : s->qkv;
+    CUDA(cudaMemcpyAsync(s->f, df, width, cudaMemcpyDeviceToDevice, p->stream));
+    CUDA(cudaMemcpyAsync(wide, p->a->dwide, (k % 2 ? 4 : 3) * width, cudaMemcpyDeviceToDevice, p->stream));
 }
 
 static ConnectionBackward connection_gradients(const Pass* p, int k) {
@@ -2718,12 +2791,13 @@ static ConnectionBackward connection_gradients(const Pass* p, int k) {
 }
 
 // From the input of sublayer k to the output of sublayer k - 1: from a->dstate and a->dln to df (rows, C),
-// which is returned, NULL for k = 0; gradients of the connection and of LayerNorm +=. There is no sublayer 2L.
+// which is returned, NULL for the stage's first; gradients of the connection and of LayerNorm +=. Behind the
+// stage's last is no sublayer.
 static const floatX* boundary_backward(const Pass* p, int k) {
     const DeviceModel* d = p->d;
     const Model* m = &d->m;
     DeviceActivations* a = p->a;
-    int rows = p->B * p->T, last = 2 * m->c.L, l = k / 2;
+    int rows = p->B * p->T, first = a->stage.first, last = a->stage.last, l = k / 2;
     if (!has_connections(&m->c)) {              // LayerNorm reads the state, and df is the state's gradient
         TensorId ln_w = k % 2 ? LN_2_W : LN_1_W, ln_b = k % 2 ? LN_2_B : LN_1_B;
         const floatX* past = m->c.residual == RESIDUAL_PLAIN ? a->dstate : NULL;
@@ -2731,34 +2805,50 @@ static const floatX* boundary_backward(const Pass* p, int k) {
             layernorm_backward_gpu(a->dstate, past, grad(m, ln_w, l), grad(m, ln_b, l), a->dln,
                                    a->sub[k].stats, a->state[k], weight(d, ln_w, l), a->scratch, rows,
                                    m->c.C, p->stream);
-        return k > 0 ? a->dstate : NULL;
+        return k > first ? a->dstate : NULL;
     }
     BoundaryBackward b = {};
     b.next.dx = a->dstate;
     b.next.dcoef = a->dcoef;
     if (k < last) b.next = connection_gradients(p, k);
-    if (k > 0) b.x = a->state[k - 1], b.f = a->sub[k - 1].f, b.coef = a->sub[k - 1].coef, b.df = a->df;
+    if (k > first) b.x = a->state[k - 1], b.f = a->sub[k - 1].f, b.coef = a->sub[k - 1].coef, b.df = a->df;
     a->kernels->backward(&b, a->scratch, connections_of(&m->c), rows, p->stream);
     return b.df;
 }
 
-// Gradients of parameters +=, after device_forward and device_head(scale > 0) on the same tokens
-static void device_backward(const Pass* p) {
+// As the reference's model_backward: in place in a->dstate
+static void device_backward(const Pass* p, bool defer) {
     const DeviceModel* d = p->d;
     const Model* m = &d->m;
     const Config* c = &m->c;
     DeviceActivations* a = p->a;
+    const Stage* stage = &a->stage;
     int rows = p->B * p->T;
-    readout_backward_gpu(a->dstate, grad(m, LN_F_W, 0), grad(m, LN_F_B, 0), a->dln, a->stats, a->mean,
-                         weight(d, LN_F_W, 0), a->scratch, rows, c->n, c->C, p->stream);
-    for (int k = 2 * c->L; k >= 0; k--) {
-        if (k > 0 && k < 2 * c->L && k % a->block == 0) device_recompute_states(p, k - 1);
+    if (stage->heads)
+        readout_backward_gpu(a->dstate, grad(m, LN_F_W, 0), grad(m, LN_F_B, 0), a->dln, a->stats, a->mean,
+                             weight(d, LN_F_W, 0), a->scratch, rows, c->n, c->C, p->stream);
+    device_recompute_last_block(p);
+    for (int k = stage->last; k >= stage->first && stage->last > stage->first; k--) {
+        bool block_ends = k > stage->first && k < stage->last && (k - stage->first) % a->block == 0;
+        if (block_ends) device_recompute_states(p, k - 1);
         const floatX* df = boundary_backward(p, k);
-        if (df) device_sublayer_backward(p, df, k - 1);
+        if (!df) break;
+        device_sublayer_backward_input(p, df, k - 1);
+        if (defer) device_defer(p, df, k - 1);
+        else device_sublayer_backward_weight(p, df, a->dwide, k - 1);
     }
-    embedding_backward_gpu(grad(m, WTE, 0), grad(m, WPE, 0), a->dstate, &a->groups, rows, p->T, c->n, c->C,
-                           p->stream);
+    a->shared->resident = NULL;
+    if (stage->embeds)
+        embedding_backward_gpu(grad(m, WTE, 0), grad(m, WPE, 0), a->dstate, &a->groups, rows, p->T, c->n, c->C,
+                               p->stream);
 }
+
+static void device_backward_weights(const Pass* p) {
+    DeviceActivations* a = p->a;
+    for (int k = a->stage.last - 1; k >= a->stage.first; k--)
+        device_sublayer_backward_weight(p, a->sub[k].f, k % 2 ? a->sub[k].fc : a->sub[k].qkv, k);
+}
+
 // ------------------------------------------------------------------------------------------------
 // Optimiser: norm of the gradients, AdamW on the fp32 masters, and their rounded copies. A table cuts all
 // tensors into chunks of a fixed size, a block each: sums have the same order on every device.
@@ -2767,7 +2857,7 @@ enum { CHUNK = 1 << 15, CHUNK_THREADS = 256 };          // numbers; a thread of 
 static_assert(CHUNK_THREADS % WARP == 0, "blocks have whole warps");
 
 typedef struct {
-    size_t first, offset;       // index of its first number in the model's arrays, and in its tensor
+    size_t first, moments, offset;      // index of its first number in params, in the moments, and in its tensor
     uint64_t name;              // of its tensor, hashed
     int count, tensor;          // numbers; index into the model's tensors
     bool decayed, copied;       // of connections only masters are read
@@ -2783,7 +2873,10 @@ typedef struct {
     int chunk_count, tensor_count;
 } Optimiser;
 
-static int chunks_of(const Tensor* t) { return ceil_div(tensor_size(t), CHUNK); }
+static bool has_copies(const Tensor* t) { return !strstr(t->name, "_hc."); }
+
+// Of what is updated here
+static int chunks_of(const Tensor* t) { return t->here ? ceil_div(t->piece_size, CHUNK) : 0; }
 
 static void optimiser_memory(Optimiser* o, DeviceArena* arena, const Model* m) {
     o->tensor_count = m->tensor_count;
@@ -2797,14 +2890,15 @@ static void optimiser_memory(Optimiser* o, DeviceArena* arena, const Model* m) {
 }
 
 static Chunk chunk_of(const Tensor* t, int tensor, int k) {
-    size_t offset = (size_t)k * CHUNK, left = tensor_size(t) - offset;
-    Chunk c = {t->first + offset,
-               offset,
+    size_t done = (size_t)k * CHUNK, left = t->piece_size - done;
+    Chunk c = {t->first + t->piece + done,
+               t->moments + done,
+               t->piece + done,
                tensor_seed(t, 0),
                (int)(left < (size_t)CHUNK ? left : (size_t)CHUNK),
                tensor,
                t->spec->decayed,
-               !strstr(t->name, "_hc.")};
+               has_copies(t)};
     return c;
 }
 
@@ -2847,29 +2941,23 @@ static __global__ void chunk_squares_kernel(double* sums, const float* numbers, 
     sums[blockIdx.x] = sum;
 }
 
-// A warp has a tensor at a time; then one thread adds the tensors in the order of the table.
-static __global__ void norm_kernel(double* norm, double* of_tensors, const double* of_chunks,
-                                   const int* first_chunks, int tensors) {
-    for (int t = threadIdx.x / WARP; t < tensors; t += CHUNK_THREADS / WARP) {
-        double sum = 0;
-        for (int k = first_chunks[t] + threadIdx.x % WARP; k < first_chunks[t + 1]; k += WARP)
-            sum += of_chunks[k];
-        sum = warp_sum(sum);
-        if (threadIdx.x % WARP == 0) of_tensors[t] = sum;
-    }
-    __syncthreads();
-    if (threadIdx.x) return;
+// A warp has a tensor.
+static __global__ void tensor_squares_kernel(double* of_tensors, const double* of_chunks, const int* first_chunks,
+                                             int tensors) {
+    int t = blockIdx.x * (CHUNK_THREADS / WARP) + threadIdx.x / WARP;
+    if (t >= tensors) return;
     double sum = 0;
-    for (int t = 0; t < tensors; t++) sum += of_tensors[t];
-    *norm = sqrt(sum);
+    for (int k = first_chunks[t] + threadIdx.x % WARP; k < first_chunks[t + 1]; k += WARP) sum += of_chunks[k];
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) of_tensors[t] = sum;
 }
-// *norm, on the device, of all gradients: per tensor and in the order of the table, so that it is the same
-// however a model is divided. Nothing between tensors, and no padding, is part of it.
-static void gradient_norm_gpu(const Optimiser* o, double* norm, const float* grads, cudaStream_t stream) {
-    double* of_tensors = o->sums + o->chunk_count;
-    chunk_squares_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(o->sums, grads, o->chunks);
+// sums, on the device (tensor_count): of the squared gradients that are updated here. Nothing between tensors, and no
+// padding, is part of them.
+static void square_sums_gpu(const Optimiser* o, double* sums, const float* grads, cudaStream_t stream) {
+    if (o->chunk_count) chunk_squares_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(o->sums, grads, o->chunks);
     LAUNCHED();
-    norm_kernel<<<1, CHUNK_THREADS, 0, stream>>>(norm, of_tensors, o->sums, o->first_chunks, o->tensor_count);
+    tensor_squares_kernel<<<ceil_div(o->tensor_count, CHUNK_THREADS / WARP), CHUNK_THREADS, 0, stream>>>(
+        sums, o->sums, o->first_chunks, o->tensor_count);
     LAUNCHED();
 }
 
@@ -2913,19 +3001,18 @@ __device__ __forceinline__ floatX copy_of(float master, const Chunk& c, uint64_t
     return (floatX)round_stochastically(master, hash64_gpu(draws, c.offset + i) & 0xffff);
 }
 
-static __global__ void round_weights_kernel(floatX* copies, const float* masters, const Chunk* chunks,
-                                            uint64_t seed) {
-    const Chunk c = chunks[blockIdx.x];
-    uint64_t draws = draws_of(c, seed);
-    if (!c.copied) return;
-    copies += c.first, masters += c.first;
-    for (int i = threadIdx.x; i < c.count; i += CHUNK_THREADS) copies[i] = copy_of(masters[i], c, draws, i);
+static __global__ void round_piece_kernel(floatX* copies, const float* masters, Chunk c, uint64_t draws, size_t count) {
+    size_t i = (size_t)blockIdx.x * CHUNK_THREADS + threadIdx.x;
+    if (i < count) copies[c.first + i] = copy_of(masters[c.first + i], c, draws, i);
 }
-// copies of the masters as they are after `step` updates: those that adamw_gpu made then
-static void round_weights_gpu(const Optimiser* o, floatX* copies, const float* masters, uint64_t seed,
-                              long step, cudaStream_t stream) {
-    round_weights_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(copies, masters, o->chunks,
-                                                                        hash64(seed, (uint64_t)step));
+// copies of the masters first .. first + count of a tensor as they are after `step` updates: those that adamw_gpu made
+// then, on whichever rank
+static void round_piece_gpu(floatX* copies, const float* masters, const Tensor* t, size_t first, size_t count,
+                            uint64_t seed, long step, cudaStream_t stream) {
+    Chunk c = {t->first + first, 0, first, tensor_seed(t, 0), 0, 0, t->spec->decayed, has_copies(t)};
+    if (!c.copied || !count) return;
+    uint64_t draws = hash64(hash64(seed, (uint64_t)step), c.name);
+    round_piece_kernel<<<ceil_div(count, CHUNK_THREADS), CHUNK_THREADS, 0, stream>>>(copies, masters, c, draws, count);
     LAUNCHED();
 }
 
@@ -2938,7 +3025,7 @@ static __global__ void adamw_kernel(float* params, float* adam_m, float* adam_v,
     const Chunk c = chunks[blockIdx.x];
     uint64_t draws = draws_of(c, seed);
     float keep = c.decayed ? u.keep : 1;
-    params += c.first, adam_m += c.first, adam_v += c.first, grads += c.first, copies += c.first;
+    params += c.first, adam_m += c.moments, adam_v += c.moments, grads += c.first, copies += c.first;
     for (int i = threadIdx.x; i < c.count; i += CHUNK_THREADS) {
         float d = grads[i] * u.clip;
         float m = u.b1 * adam_m[i] + (1 - u.b1) * d;
@@ -2982,7 +3069,8 @@ static int first_nonfinite_gpu(const Optimiser* o, const float* numbers, cudaStr
 }
 
 // ------------------------------------------------------------------------------------------------
-// The machine of a run (its contract is in train_gpt_mhc.c): one GPU, one stream.
+// The machine of a run (its contract is in train_gpt_mhc.c): one GPU, a stream that computes, and one that moves
+// messages between the host and the device.
 
 typedef struct {                // pinned, so that a copy does not wait for the work before it
     int32_t *tokens, *targets, *order, *first, *token;
@@ -2990,19 +3078,25 @@ typedef struct {                // pinned, so that a copy does not wait for the 
     cudaEvent_t done;           // the copy that reads this has ended
 } Upload;
 
-typedef struct { double loss, norm; } StepSums;
+typedef struct {                // of a Wire
+    cudaEvent_t used, copied;   // its device memory is free to be written; its message has come or gone
+} WireEvents;
 
 typedef struct {
     DeviceModel model;
     DeviceActivations acts, infer;      // infer: one sequence, forward only, for generated text
+    DeviceActivations* slots[MAX_PARTS];        // of each part; with one stage acts is the only one
+    WireEvents* wires;          // of each wire
+    Header* messages;           // pinned, of all wires
     DeviceArena arena;
     Optimiser optimiser;
     Lt lt;
     void* workspace;            // of the products
     Upload uploads[2];          // taken in turns
     int next_upload;
-    StepSums *sums, *host_sums; // on the device, and pinned
-    cudaStream_t stream;
+    double *sums, *host_sums;   // (tensor_count + 1) of squares and, last, of losses; on the device, and pinned
+    cudaStream_t stream, wire_stream;
+    StreamStats* streams;       // to be filled by forward passes, if not NULL
     char name[256];
     double peak;                // FLOP/s
 } Gpu;
@@ -3011,7 +3105,31 @@ enum { WORKSPACE_BYTES = 32 << 20, RUNTIME_BYTES = 64 << 20 };      // the latte
 
 static Gpu* gpu_of(const Run* run) { return (Gpu*)run->machine; }
 
+static size_t machine_value_bytes(void) { return sizeof(floatX); }
+
 // --- memory
+
+// Of a wire on the host, at the run's batch: header and data, aligned
+static size_t message_bytes(const Run* run) {
+    size_t data = (size_t)run->o.batch * (size_t)run->c.T * (size_t)(run->c.n * run->c.C) * sizeof(floatX);
+    return (sizeof(Header) + data + CARVE_ALIGN - 1) / CARVE_ALIGN * CARVE_ALIGN;
+}
+
+// The slots of each part, and the wires
+static void layout_parts(Gpu* g, const Run* run, int B) {
+    const Pipe* p = &run->pipe;
+    for (int i = 0; i < p->part_count; i++)
+        for (int slot = 0; slot < p->parts[i].slots; slot++) {
+            DeviceActivations *a = &g->slots[i][slot], own = *a;
+            *a = g->acts;                       // the scratch
+            a->stage = p->parts[i].stage;
+            a->sub = own.sub;
+            a->state = own.state;
+            device_layout_slot(a, &g->arena, &run->c, run->training);
+        }
+    for (int i = 0; i < p->wire_count; i++)
+        p->wires[i].at = carve_x(&g->arena, "messages", (size_t)B * (size_t)run->c.T * (size_t)(run->c.n * run->c.C));
+}
 
 // Counts, or with arena.taking takes, everything on the device.
 static void gpu_layout(Gpu* g, const Run* run, int B) {
@@ -3021,37 +3139,63 @@ static void gpu_layout(Gpu* g, const Run* run, int B) {
     memset(&g->arena.plan, 0, sizeof g->arena.plan);
     plan_add(&g->arena.plan, "kernels and library", RUNTIME_BYTES);
     device_model_memory(&g->model, &g->arena, run->training);
-    device_activations_layout(&g->acts, &g->arena, c, B, T, recompute_block(run), kernels,
-                              run->training);
-    device_activations_layout(&g->infer, &g->arena, c, 1, T, 1, kernels, false);
+    device_layout_scratch(&g->acts, &g->arena, c, B, T, recompute_block(run), kernels, run->training);
+    if (run->pipe.stage_count == 1) device_layout_slot(&g->acts, &g->arena, c, run->training);
+    else layout_parts(g, run, B);
+    if (run->pipe.P == 1) device_activations_layout(&g->infer, &g->arena, c, 1, T, 1, kernels, false);
     g->workspace = device_carve(&g->arena, "workspace of products", WORKSPACE_BYTES, 1);
 #ifdef USE_CUDNN
     size_t bytes = cudnn_attention_plan(B, T, c->C, c->NH, run->training);
     cudnn_attention_workspace(device_carve(&g->arena, "workspace of cuDNN", bytes, 1), bytes);
 #endif
-    g->sums = (StepSums*)device_carve(&g->arena, "data", 1, sizeof(StepSums));
+    g->sums = (double*)device_carve(&g->arena, "data", (size_t)run->model.tensor_count + 1, sizeof(double));
     optimiser_memory(&g->optimiser, &g->arena, &g->model.m);
 }
 
 static void device_activations_open(DeviceActivations* a, const Config* c) {
+    a->shared = a;
+    a->stage = whole_model(c);
     a->sub = (DeviceSublayer*)allocate((size_t)(2 * c->L), sizeof(DeviceSublayer));
     a->state = (floatX**)allocate((size_t)(2 * c->L + 1), sizeof(floatX*));
+    a->between = (floatX**)allocate((size_t)(2 * c->L + 1), sizeof(floatX*));
 }
 
-// The host keeps parameters and moments for files, and what is looked at: coefficients, and for a dump
-// gradients and losses.
+static void device_activations_close(DeviceActivations* a) {
+    free(a->sub);
+    free((void*)a->state);
+    if (a->shared == a) free((void*)a->between);
+}
+
+static void open_parts(Gpu* g, const Run* run) {
+    const Pipe* p = &run->pipe;
+    if (p->stage_count == 1) return;
+    g->acts.stage.embeds = false;
+    g->acts.stage.heads = holds_head(&run->model);
+    for (int i = 0; i < p->part_count; i++) {
+        g->slots[i] = (DeviceActivations*)allocate((size_t)p->parts[i].slots, sizeof(DeviceActivations));
+        for (int slot = 0; slot < p->parts[i].slots; slot++) {
+            DeviceActivations* a = &g->slots[i][slot];
+            a->sub = (DeviceSublayer*)allocate((size_t)(2 * run->c.L), sizeof(DeviceSublayer));
+            a->state = (floatX**)allocate((size_t)(2 * run->c.L + 1), sizeof(floatX*));
+        }
+    }
+}
+
+// The host keeps parameters and moments for the start, and what is looked at: coefficients, and for a dump gradients and
+// losses.
 static void machine_layout(Run* run, Arena* arena, int block) {
     bool dumps = run->o.dump[0];
     size_t rows = dumps ? (size_t)(run->o.batch * run->c.T) : (size_t)run->c.T;
     Model* m = &run->model;
     m->params = carve(arena, "host: parameters and moments", m->size);
-    if (run->training) m->adam_m = carve(arena, "host: parameters and moments", m->size);
-    if (run->training) m->adam_v = carve(arena, "host: parameters and moments", m->size);
+    if (run->training) m->adam_m = carve(arena, "host: parameters and moments", m->moment_size);
+    if (run->training) m->adam_v = carve(arena, "host: parameters and moments", m->moment_size);
     if (dumps) m->grads = carve(arena, "host: gradients", m->size);
     for (int k = 0; k < 2 * run->c.L; k++)
         run->acts.sub[k].coef = carve(arena, "host: coefficients", rows * (size_t)coefficient_count(&run->c));
     run->acts.losses = carve(arena, "host: losses", rows);
     run->acts.block = block;
+    plan_add(arena, "host: messages", (size_t)run->pipe.wire_count * message_bytes(run));
 }
 
 static const struct {
@@ -3120,6 +3264,7 @@ static bool machine_open(Run* run, Error* e) {
     device_layout(&g->model, &run->model);
     device_activations_open(&g->acts, &run->c);
     device_activations_open(&g->infer, &run->c);
+    open_parts(g, run);
     if (!find_gpu(g, !run->o.plan || run->o.batch == BATCH_AUTO, &available, e)) return false;
     if (run->o.batch == BATCH_AUTO) run->o.batch = largest_batch(g, run, available);
     if (!options_check_sizes(&run->o, e)) return false;
@@ -3138,11 +3283,37 @@ static void open_upload(Upload* u, size_t rows) {
     CUDA(cudaEventCreateWithFlags(&u->done, cudaEventDisableTiming));
 }
 
+static void open_wires(Gpu* g, const Run* run) {
+    const Pipe* p = &run->pipe;
+    size_t bytes = message_bytes(run);
+    if (!p->wire_count) return;
+    CUDA(cudaStreamCreateWithFlags(&g->wire_stream, cudaStreamNonBlocking));
+    CUDA(cudaMallocHost(&g->messages, (size_t)p->wire_count * bytes));
+    g->wires = (WireEvents*)allocate((size_t)p->wire_count, sizeof(WireEvents));
+    for (int i = 0; i < p->wire_count; i++) {
+        p->wires[i].message = (Header*)((char*)g->messages + (size_t)i * bytes);
+        CUDA(cudaEventCreateWithFlags(&g->wires[i].used, cudaEventDisableTiming));
+        CUDA(cudaEventCreateWithFlags(&g->wires[i].copied, cudaEventDisableTiming));
+    }
+}
+
+static void close_wires(Gpu* g, const Pipe* p) {
+    if (!p->wire_count) return;
+    for (int i = 0; i < p->wire_count; i++) {
+        CUDA(cudaEventDestroy(g->wires[i].used));
+        CUDA(cudaEventDestroy(g->wires[i].copied));
+    }
+    free(g->wires);
+    CUDA(cudaFreeHost(g->messages));
+    CUDA(cudaStreamDestroy(g->wire_stream));
+}
+
 static void gpu_open(Gpu* g, const Run* run) {
     g->arena.taking = true;
     gpu_layout(g, run, (int)run->o.batch);
     CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
-    CUDA(cudaMallocHost(&g->host_sums, sizeof(StepSums)));
+    CUDA(cudaMallocHost(&g->host_sums, ((size_t)run->model.tensor_count + 1) * sizeof(double)));
+    open_wires(g, run);
     for (int i = 0; i < 2; i++) open_upload(&g->uploads[i], (size_t)(run->o.batch * run->c.T));
     lt_open(&g->lt, g->workspace, WORKSPACE_BYTES);
     optimiser_open(&g->optimiser, &g->model.m);
@@ -3160,14 +3331,20 @@ static void machine_close(Run* run) {
             CUDA(cudaEventDestroy(g->uploads[i].done));
         }
         CUDA(cudaFreeHost(g->host_sums));
+        close_wires(g, &run->pipe);
         lt_close(&g->lt);
         optimiser_close(&g->optimiser);
         CUDA(cudaStreamDestroy(g->stream));
     }
-    for (DeviceActivations* a : {&g->acts, &g->infer}) {
-        free(a->sub);
-        free((void*)a->state);
+    for (int i = 0; i < run->pipe.part_count && g->slots[i]; i++) {
+        for (int slot = 0; slot < run->pipe.parts[i].slots; slot++) {
+            free(g->slots[i][slot].sub);
+            free((void*)g->slots[i][slot].state);
+        }
+        free(g->slots[i]);
     }
+    device_activations_close(&g->acts);
+    device_activations_close(&g->infer);
     free(g->model.m.tensors);
     free(g);
     run->machine = NULL;
@@ -3184,36 +3361,64 @@ static void machine_print_plan(const Run* run) {
 
 // --- parameters and moments, tensor by tensor: the device's layout has gaps
 
-static void copy_tensors(const Gpu* g, const Model* host, float* device_numbers, float* host_numbers,
-                         bool to_device) {
-    for (int i = 0; i < host->tensor_count; i++) {
-        const Tensor *h = &host->tensors[i], *d = &g->model.m.tensors[i];
-        size_t bytes = tensor_size(h) * sizeof(float);
-        if (to_device)
-            CUDA(cudaMemcpyAsync(device_numbers + d->first, host_numbers + h->first, bytes,
-                                 cudaMemcpyHostToDevice, g->stream));
-        else
-            CUDA(cudaMemcpyAsync(host_numbers + h->first, device_numbers + d->first, bytes,
-                                 cudaMemcpyDeviceToHost, g->stream));
+static float* device_numbers(const Gpu* g, NumberKind what, const Tensor* t) {
+    const Model* m = &g->model.m;
+    switch (what) {
+        case NUMBERS_PARAMS: return m->params + t->first;
+        case NUMBERS_GRADS: return m->grads + t->first;
+        case NUMBERS_ADAM_M: return m->adam_m + t->moments;
+        case NUMBERS_ADAM_V: return m->adam_v + t->moments;
+    }
+    return NULL;
+}
+
+// The device's tensor that is the run's t
+static const Tensor* device_tensor(const Gpu* g, const Run* run, const Tensor* t) {
+    return &g->model.m.tensors[t - run->model.tensors];
+}
+
+static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, real* numbers) {
+    Gpu* g = gpu_of(run);
+    CUDA(cudaMemcpyAsync(numbers, device_numbers(g, what, device_tensor(g, run, t)) + first, count * sizeof(float),
+                         cudaMemcpyDeviceToHost, g->stream));
+    CUDA(cudaStreamSynchronize(g->stream));
+}
+
+// Of parameters the copies too, as the rank that updated them has made its own
+static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, const real* numbers) {
+    Gpu* g = gpu_of(run);
+    const Tensor* d = device_tensor(g, run, t);
+    float* to = device_numbers(g, what, d) + first;
+    CUDA(cudaMemcpyAsync(to, numbers, count * sizeof(float), cudaMemcpyHostToDevice, g->stream));
+    if (what == NUMBERS_PARAMS)
+        round_piece_gpu(g->model.weights, g->model.m.params, d, first, count, (uint64_t)run->o.seed, run->step + 1,
+                        g->stream);
+    CUDA(cudaStreamSynchronize(g->stream));
+}
+
+static void load_numbers(Gpu* g, const Run* run, NumberKind what, const real* host) {
+    for (int i = 0; i < run->model.tensor_count; i++) {
+        const Tensor *h = &run->model.tensors[i], *d = &g->model.m.tensors[i];
+        bool moments = what == NUMBERS_ADAM_M || what == NUMBERS_ADAM_V;
+        size_t count = moments ? h->piece_size : tensor_size(h);
+        if (h->here)
+            CUDA(cudaMemcpyAsync(device_numbers(g, what, d), host + (moments ? h->moments : h->first),
+                                 count * sizeof(float), cudaMemcpyHostToDevice, g->stream));
     }
 }
 
 static void machine_load(Run* run) {
     Gpu* g = gpu_of(run);
     if (!g->arena.taking) gpu_open(g, run);
-    copy_tensors(g, &run->model, g->model.m.params, run->model.params, true);
-    if (run->training) copy_tensors(g, &run->model, g->model.m.adam_m, run->model.adam_m, true);
-    if (run->training) copy_tensors(g, &run->model, g->model.m.adam_v, run->model.adam_v, true);
-    round_weights_gpu(&g->optimiser, g->model.weights, g->model.m.params, (uint64_t)run->o.seed, run->step,
-                      g->stream);
-    CUDA(cudaStreamSynchronize(g->stream));
-}
-
-static void machine_fetch(Run* run) {
-    Gpu* g = gpu_of(run);
-    copy_tensors(g, &run->model, g->model.m.params, run->model.params, false);
-    if (run->training) copy_tensors(g, &run->model, g->model.m.adam_m, run->model.adam_m, false);
-    if (run->training) copy_tensors(g, &run->model, g->model.m.adam_v, run->model.adam_v, false);
+    load_numbers(g, run, NUMBERS_PARAMS, run->model.params);
+    if (run->training) load_numbers(g, run, NUMBERS_ADAM_M, run->model.adam_m);
+    if (run->training) load_numbers(g, run, NUMBERS_ADAM_V, run->model.adam_v);
+    for (int i = 0; i < run->model.tensor_count; i++) {
+        const Tensor* d = &g->model.m.tensors[i];
+        if (d->here)
+            round_piece_gpu(g->model.weights, g->model.m.params, d, 0, tensor_size(d), (uint64_t)run->o.seed, run->step,
+                            g->stream);
+    }
     CUDA(cudaStreamSynchronize(g->stream));
 }
 
@@ -3247,8 +3452,8 @@ static Pass gpu_pass(Gpu* g, DeviceActivations* a, int B, int T, int row0) {
     return p;
 }
 
-// sum += the mean of losses (rows), in double, in one order
-static __global__ void add_mean_loss_kernel(StepSums* sums, const float* losses, int rows) {
+// *loss += the mean of losses (rows) times weight, in double, in one order
+static __global__ void add_mean_loss_kernel(double* loss, const float* losses, int rows, double weight) {
     __shared__ double partial[256];
     double sum = 0;
     for (int r = threadIdx.x; r < rows; r += blockDim.x) sum += (double)losses[r];
@@ -3256,49 +3461,166 @@ static __global__ void add_mean_loss_kernel(StepSums* sums, const float* losses,
     __syncthreads();
     if (threadIdx.x) return;
     for (int i = 1; i < (int)blockDim.x; i++) sum += partial[i];
-    sums->loss += sum / rows;
+    *loss += sum / rows * weight;
 }
 
-static void add_mean_loss(Gpu* g, const float* losses, int rows) {
-    add_mean_loss_kernel<<<1, 256, 0, g->stream>>>(g->sums, losses, rows);
+static void add_mean_loss(Gpu* g, const Run* run, const float* losses, int rows, double weight) {
+    add_mean_loss_kernel<<<1, 256, 0, g->stream>>>(g->sums + run->model.tensor_count, losses, rows, weight);
     LAUNCHED();
 }
 
-// What the device has summed; this waits for it.
-static StepSums fetch_sums(Gpu* g) {
-    CUDA(cudaMemcpyAsync(g->host_sums, g->sums, sizeof(StepSums), cudaMemcpyDeviceToHost, g->stream));
+// numbers (count) on the host as floats
+static void fetch_numbers(Gpu* g, float* numbers, const floatX* device, size_t count) {
+    floatX* copy = (floatX*)allocate(count, sizeof(floatX));
+    CUDA(cudaMemcpyAsync(copy, device, count * sizeof(floatX), cudaMemcpyDeviceToHost, g->stream));
     CUDA(cudaStreamSynchronize(g->stream));
-    return *g->host_sums;
+    for (size_t i = 0; i < count; i++) numbers[i] = (float)copy[i];
+    free(copy);
+}
+
+typedef struct { Gpu* g; StreamStats* streams; float* state; } Observer;
+
+static void observe_state(const Pass* p, int k, void* context) {
+    Observer* o = (Observer*)context;
+    const Config* c = &p->d->m.c;
+    if (!o->state) o->state = (float*)allocate((size_t)p->T * (size_t)(c->n * c->C), sizeof(float));
+    fetch_numbers(o->g, o->state, p->a->state[k], (size_t)p->T * (size_t)(c->n * c->C));
+    stream_statistics(&o->streams[k], o->state, p->T, c->n, c->C);
 }
 
 static void machine_zero_gradients(Run* run) {
     Gpu* g = gpu_of(run);
     const Model* m = &g->model.m;
     CUDA(cudaMemsetAsync(m->grads, 0, m->size * sizeof(float), g->stream));
-    CUDA(cudaMemsetAsync(m->head_grads, 0, (size_t)padded_vocabulary(&m->c) * (size_t)m->c.C * sizeof(float),
-                         g->stream));
-    CUDA(cudaMemsetAsync(g->sums, 0, sizeof(StepSums), g->stream));
+    if (head_size(m)) CUDA(cudaMemsetAsync(m->head_grads, 0, head_size(m) * sizeof(float), g->stream));
 }
 
-static void machine_micro_batch(Run* run) {
+// The place of a part's micro-batch
+static DeviceActivations* gpu_slot(Gpu* g, const Run* run, const Part* c, int micro) {
+    if (run->pipe.stage_count == 1) return &g->acts;
+    return &g->slots[c - run->pipe.parts][micro % c->slots];
+}
+
+static WireEvents* wire_events(Gpu* g, const Run* run, const Wire* w) { return &g->wires[w - run->pipe.wires]; }
+
+// What follows in the compute stream may read the wire's data.
+static void use_wire(Gpu* g, const Run* run, const Wire* w) {
+    CUDA(cudaStreamWaitEvent(g->stream, wire_events(g, run, w)->copied, 0));
+}
+
+static void machine_forward(Run* run, Part* c, int micro, Wire* x, Wire* y) {
     Gpu* g = gpu_of(run);
-    int B = (int)run->o.batch, T = run->c.T;
-    Pass p = gpu_pass(g, &g->acts, B, T, 0);
-    upload(g, &g->acts, run->tokens, run->targets, 0, B * T, run->c.V);
-    device_forward(&p, NULL, NULL);
-    device_head(&p, 1 / ((float)B * (float)T * (float)run->o.micro_batches));
-    device_backward(&p);
-    add_mean_loss(g, g->acts.losses, B * T);
+    DeviceActivations* a = gpu_slot(g, run, c, micro);
+    int B = run->pipe.B, T = run->c.T;
+    Pass p = gpu_pass(g, a, B, T, 0);
+    if (x) use_wire(g, run, x);
+    if (y) use_wire(g, run, y);                 // its last message has left
+    if (x) a->state[c->stage.first] = (floatX*)x->at;
+    if (x && y && c->stage.first == c->stage.last)      // an empty stage
+        CUDA(cudaMemcpyAsync(y->at, x->at, wire_bytes(run), cudaMemcpyDeviceToDevice, g->stream));
+    if (y) a->state[c->stage.last] = (floatX*)y->at;
+    if (a->tokens) upload(g, a, run->tokens, run->targets, 0, B * T, run->c.V);
+    Observer o = {g, g->streams, NULL};
+    device_forward(&p, g->streams ? observe_state : NULL, &o);
+    free(o.state);
+    if (x && run->pipe.forward_only) CUDA(cudaEventRecord(wire_events(g, run, x)->used, g->stream));
+    if (y) CUDA(cudaEventRecord(wire_events(g, run, y)->used, g->stream));
+    if (!run->pipe.forward_only || !c->stage.heads || g->streams) return;
+    device_head(&p, 0);
+    add_mean_loss(g, run, a->losses, run->loaded * T, run->loaded);
 }
 
-static void machine_gradients(Run* run, double* loss, double* norm) {
+static void machine_backward(Run* run, Part* c, int micro, Wire* dy, bool defer) {
+    Gpu* g = gpu_of(run);
+    DeviceActivations* a = gpu_slot(g, run, c, micro);
+    int B = run->pipe.B, T = run->c.T;
+    double sequences = (double)B * (double)run->o.micro_batches * run->pipe.D;
+    Pass p = gpu_pass(g, a, B, T, 0);
+    if (dy) use_wire(g, run, dy);
+    if (dy) a->dstate = (floatX*)dy->at;
+    if (c->stage.heads) {
+        device_head(&p, (float)(1 / (sequences * T)));
+        add_mean_loss(g, run, a->losses, B * T, 1);
+    }
+    device_backward(&p, defer);
+    if (dy) CUDA(cudaEventRecord(wire_events(g, run, dy)->used, g->stream));
+    if (c->before >= 0) CUDA(cudaEventRecord(wire_events(g, run, c->x[micro])->used, g->stream));
+}
+
+static void machine_backward_weights(Run* run, Part* c, int micro) {
+    Gpu* g = gpu_of(run);
+    Pass p = gpu_pass(g, gpu_slot(g, run, c, micro), run->pipe.B, run->c.T, 0);
+    device_backward_weights(&p);
+}
+
+static bool machine_recompute(Run* run, Part* c, int micro) {
+    Gpu* g = gpu_of(run);
+    DeviceActivations* a = gpu_slot(g, run, c, micro);
+    if (a->shared->resident == a || a->block == 1) return false;
+    Pass p = gpu_pass(g, a, run->pipe.B, run->c.T, 0);
+    device_recompute_last_block(&p);
+    return true;
+}
+
+// --- messages: through pinned memory, in a stream of their own
+
+static void machine_wire_expected(Run* run, Wire* w) {
+    Gpu* g = gpu_of(run);
+    CUDA(cudaEventSynchronize(wire_events(g, run, w)->copied));     // its message before this one: long read
+}
+
+static void machine_wire_arrived(Run* run, Wire* w) {
+    Gpu* g = gpu_of(run);
+    WireEvents* e = wire_events(g, run, w);
+    CUDA(cudaStreamWaitEvent(g->wire_stream, e->used, 0));
+    CUDA(cudaMemcpyAsync(w->at, w->message + 1, wire_bytes(run), cudaMemcpyHostToDevice, g->wire_stream));
+    CUDA(cudaEventRecord(e->copied, g->wire_stream));
+}
+
+static void machine_wire_leaves(Run* run, Wire* w) {
+    Gpu* g = gpu_of(run);
+    WireEvents* e = wire_events(g, run, w);
+    CUDA(cudaStreamWaitEvent(g->wire_stream, e->used, 0));
+    CUDA(cudaMemcpyAsync(w->message + 1, w->at, wire_bytes(run), cudaMemcpyDeviceToHost, g->wire_stream));
+    CUDA(cudaEventRecord(e->copied, g->wire_stream));
+}
+
+static bool machine_wire_left(Run* run, Wire* w) {
+    Gpu* g = gpu_of(run);
+    cudaError_t state = cudaEventQuery(wire_events(g, run, w)->copied);
+    if (state != cudaErrorNotReady) CUDA(state);
+    return state == cudaSuccess;
+}
+
+// --- a step's end
+
+static void machine_begin_pass(Run* run) {
+    Gpu* g = gpu_of(run);
+    CUDA(cudaMemsetAsync(g->sums + run->model.tensor_count, 0, sizeof(double), g->stream));
+}
+
+// The pass's losses; this waits for it.
+static void machine_end_pass(Run* run) {
+    Gpu* g = gpu_of(run);
+    double* loss = g->host_sums + run->model.tensor_count;
+    CUDA(cudaMemcpyAsync(loss, g->sums + run->model.tensor_count, sizeof(double), cudaMemcpyDeviceToHost, g->stream));
+    CUDA(cudaStreamSynchronize(g->stream));
+    run->loss_sum += *loss;
+}
+
+static void machine_end_gradients(Run* run) {
     Gpu* g = gpu_of(run);
     const Model* m = &g->model.m;
-    add_gradients_gpu(grad(m, WTE, 0), m->head_grads, (size_t)m->c.V * (size_t)m->c.C, g->stream);
-    gradient_norm_gpu(&g->optimiser, &g->sums->norm, m->grads, g->stream);
-    StepSums sums = fetch_sums(g);
-    *loss = sums.loss / (double)run->o.micro_batches;
-    *norm = sums.norm;
+    if (holds_head(m)) add_gradients_gpu(grad(m, WTE, 0), m->head_grads, (size_t)m->c.V * (size_t)m->c.C, g->stream);
+}
+
+static void machine_square_sums(Run* run, double* sums) {
+    Gpu* g = gpu_of(run);
+    size_t bytes = sizeof(double) * (size_t)run->model.tensor_count;
+    square_sums_gpu(&g->optimiser, g->sums, g->model.m.grads, g->stream);
+    CUDA(cudaMemcpyAsync(g->host_sums, g->sums, bytes, cudaMemcpyDeviceToHost, g->stream));
+    CUDA(cudaStreamSynchronize(g->stream));
+    memcpy(sums, g->host_sums, bytes);
 }
 
 static void machine_update(Run* run, double lr, double norm) {
@@ -3316,56 +3638,19 @@ static const Tensor* machine_nonfinite(Run* run, bool gradients) {
     return tensor < 0 ? NULL : &run->model.tensors[tensor];
 }
 
-static double machine_loss(Run* run, int B) {
-    Gpu* g = gpu_of(run);
-    Pass p = gpu_pass(g, &g->acts, B, run->c.T, 0);
-    upload(g, &g->acts, run->tokens, run->targets, 0, B * run->c.T, run->c.V);
-    CUDA(cudaMemsetAsync(g->sums, 0, sizeof(StepSums), g->stream));
-    device_forward(&p, NULL, NULL);
-    device_head(&p, 0);
-    add_mean_loss(g, g->acts.losses, B * run->c.T);
-    return fetch_sums(g).loss;
-}
-
 // --- what is looked at
 
-// numbers (count) on the host as floats
-static void fetch_numbers(Gpu* g, float* numbers, const floatX* device, size_t count) {
-    floatX* copy = (floatX*)allocate(count, sizeof(floatX));
-    CUDA(cudaMemcpyAsync(copy, device, count * sizeof(floatX), cudaMemcpyDeviceToHost, g->stream));
-    CUDA(cudaStreamSynchronize(g->stream));
-    for (size_t i = 0; i < count; i++) numbers[i] = (float)copy[i];
-    free(copy);
-}
-
-typedef struct { Gpu* g; StreamStats* streams; float* state; } Observer;
-
-static void observe_state(const Pass* p, int k, void* context) {
-    Observer* o = (Observer*)context;
-    const Config* c = &p->d->m.c;
-    fetch_numbers(o->g, o->state, p->a->state[k], (size_t)p->T * (size_t)(c->n * c->C));
-    stream_statistics(&o->streams[k], o->state, p->T, c->n, c->C);
-}
-
-static void fetch_coefficients(Run* run, int rows) {
+static const real* machine_coefficients(Run* run, const Part* c, int k) {
     Gpu* g = gpu_of(run);
-    size_t bytes = sizeof(float) * (size_t)rows * (size_t)coefficient_count(&run->c);
-    for (int k = 0; k < 2 * run->c.L && bytes; k++)
-        CUDA(cudaMemcpyAsync(run->acts.sub[k].coef, g->acts.sub[k].coef, bytes, cudaMemcpyDeviceToHost,
-                             g->stream));
+    size_t bytes = sizeof(float) * (size_t)run->pipe.B * (size_t)run->c.T * (size_t)coefficient_count(&run->c);
+    if (!bytes) return NULL;
+    CUDA(cudaMemcpyAsync(run->acts.sub[k].coef, gpu_slot(g, run, c, 0)->sub[k].coef, bytes, cudaMemcpyDeviceToHost,
+                         g->stream));
     CUDA(cudaStreamSynchronize(g->stream));
+    return run->acts.sub[k].coef;
 }
 
-static void machine_observe(Run* run, StreamStats* streams) {
-    Gpu* g = gpu_of(run);
-    Pass p = gpu_pass(g, &g->acts, 1, run->c.T, 0);
-    Observer o = {g, streams,
-                  (float*)allocate((size_t)run->c.T * (size_t)(run->c.n * run->c.C), sizeof(float))};
-    upload(g, &g->acts, run->tokens, NULL, 0, run->c.T, run->c.V);
-    device_forward(&p, streams ? observe_state : NULL, &o);
-    fetch_coefficients(run, run->c.T);
-    free(o.state);
-}
+static void machine_watch_streams(Run* run, StreamStats* streams) { gpu_of(run)->streams = streams; }
 
 static void machine_logits(Run* run, const int32_t* tokens, int length, int known, real* logits) {
     Gpu* g = gpu_of(run);
@@ -3378,18 +3663,21 @@ static void machine_logits(Run* run, const int32_t* tokens, int length, int know
 
 static void machine_dump(Run* run, real* logits) {
     Gpu* g = gpu_of(run);
+    Part* c = &run->pipe.parts[0];
     int rows = (int)run->o.batch * run->c.T, V = run->c.V;
     long micro_batches = run->o.micro_batches;
     run->o.micro_batches = 1;
     machine_zero_gradients(run);
-    machine_micro_batch(run);
-    double loss, norm;
-    machine_gradients(run, &loss, &norm);
+    machine_forward(run, c, 0, NULL, NULL);
+    machine_backward(run, c, 0, NULL, false);
+    machine_end_gradients(run);
     run->o.micro_batches = micro_batches;
-    copy_tensors(g, &run->model, g->model.m.grads, run->model.grads, false);
-    CUDA(cudaMemcpyAsync(run->acts.losses, g->acts.losses, sizeof(float) * (size_t)rows,
-                         cudaMemcpyDeviceToHost, g->stream));
-    fetch_coefficients(run, rows);
+    for (int i = 0; i < run->model.tensor_count; i++) {
+        const Tensor* h = &run->model.tensors[i];
+        machine_read(run, NUMBERS_GRADS, h, 0, tensor_size(h), run->model.grads + h->first);
+    }
+    CUDA(cudaMemcpyAsync(run->acts.losses, g->acts.losses, sizeof(float) * (size_t)rows, cudaMemcpyDeviceToHost,
+                         g->stream));
     Pass p = gpu_pass(g, &g->acts, (int)run->o.batch, run->c.T, 0);
     int Vp = padded_vocabulary(&run->c), most = min_int(rows, DUMP_ROWS);
     float* padded = (float*)allocate((size_t)most * (size_t)Vp, sizeof(float));

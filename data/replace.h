@@ -36,13 +36,12 @@ static inline bool replace_fail(ReplacedFile* r, const char* what, Error* e) {
     return false;
 }
 
-// path must outlive r. What a killed process left in the temporary file is overwritten.
-static inline bool replace_begin(ReplacedFile* r, const char* path, Error* e) {
+static inline bool replace_open(ReplacedFile* r, const char* path, int flags, Error* e) {
     size_t room = strlen(path) + sizeof ".tmp";
     r->path = path;
     r->temporary = (char*)allocate(room, 1);
     snprintf(r->temporary, room, "%s.tmp", path);
-    r->file = open(r->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    r->file = open(r->temporary, O_WRONLY | O_CLOEXEC | flags, 0666);
     if (r->file >= 0) return true;
     fail(e, "%s: cannot be created (%s); choose another place", r->temporary, strerror(errno));
     free(r->temporary);         // not ours to remove: it may be a directory of that name
@@ -50,17 +49,36 @@ static inline bool replace_begin(ReplacedFile* r, const char* path, Error* e) {
     return false;
 }
 
-// Appends. In steps of at most 1 GB, since one write takes no more than 2.
-static inline bool replace_write(ReplacedFile* r, const void* data, uint64_t bytes, Error* e) {
+// path must outlive r. What a killed process left in the temporary file is overwritten.
+static inline bool replace_begin(ReplacedFile* r, const char* path, Error* e) {
+    return replace_open(r, path, O_CREAT | O_TRUNC, e);
+}
+
+// A process that helps to write what another one began, and replace_leave, when its part is on the disk.
+static inline bool replace_join(ReplacedFile* r, const char* path, Error* e) {
+    return replace_open(r, path, 0, e);
+}
+
+// At `offset`. In steps of at most 1 GB, since one write takes no more than 2.
+static inline bool replace_write_at(ReplacedFile* r, const void* data, uint64_t bytes, uint64_t offset,
+                                    Error* e) {
     const char* at = (const char*)data;
     while (bytes > 0) {
-        ssize_t written = write(r->file, at, bytes < 1u << 30 ? (size_t)bytes : (size_t)1 << 30);
+        ssize_t written =
+            pwrite(r->file, at, bytes < 1u << 30 ? (size_t)bytes : (size_t)1 << 30, (off_t)offset);
         if (written < 0 && errno == EINTR) continue;
         if (written < 0) return replace_fail(r, "write", e);
         at += written;
+        offset += (uint64_t)written;
         bytes -= (uint64_t)written;
     }
     return true;
+}
+
+// Appends.
+static inline bool replace_write(ReplacedFile* r, const void* data, uint64_t bytes, Error* e) {
+    off_t end = lseek(r->file, 0, SEEK_END);
+    return end < 0 ? replace_fail(r, "seek", e) : replace_write_at(r, data, bytes, (uint64_t)end, e);
 }
 
 // The rename itself is safe only when the directory is on the disk.
@@ -75,6 +93,14 @@ static inline bool replace_sync_directory(const char* path, Error* e) {
     if (file >= 0) close(file);
     free(directory);
     return good;
+}
+
+static inline bool replace_leave(ReplacedFile* r, Error* e) {
+    if (fsync(r->file) != 0) return replace_fail(r, "fsync", e);
+    if (close(r->file) != 0) return replace_fail(r, "close", e);
+    free(r->temporary);
+    r->temporary = NULL;
+    return true;
 }
 
 // Only now is path another file. False after the rename means: replaced, but perhaps not after a power loss.

@@ -625,18 +625,16 @@ static inline bool safe_is_digest(const char* key) {
 }
 
 // Our digests, then the caller's pairs. The header's own digest comes first, so that its zeros are the first.
-static inline void safe_write_metadata(FILE* out, const SafeOut* tensors, int count, const SafePair* pairs,
-                                       int pair_count) {
+static inline void safe_write_metadata(FILE* out, const SafeOut* tensors, const uint64_t* digests, int count,
+                                       const SafePair* pairs, int pair_count) {
     fputs("\"__metadata__\":{\"digest\":\"0000000000000000\"", out);
     for (int i = 0; i < count; i++) {
-        Digest digest = digest_begin();
         size_t room = strlen(tensors[i].name) + sizeof "digest.";
         char* key = (char*)allocate(room, 1);
         snprintf(key, room, "digest.%s", tensors[i].name);
-        digest_add(&digest, tensors[i].data, safe_out_bytes(&tensors[i]));
         fputc(',', out);
         json_write_string(out, key);
-        fprintf(out, ":\"%016llx\"", (unsigned long long)digest_end(&digest));
+        fprintf(out, ":\"%016llx\"", (unsigned long long)digests[i]);
         free(key);
     }
     for (int i = 0; i < pair_count; i++) {
@@ -664,15 +662,16 @@ static inline void safe_write_entries(FILE* out, const SafeOut* tensors, int cou
     }
 }
 
-// The length, then the header, as one block that free() releases; bytes: of both.
-static inline char* safe_header(const SafeOut* tensors, int count, const SafePair* pairs, int pair_count,
-                                size_t* bytes) {
+// The length, then the header, as one block that free() releases; bytes: of both, the same whatever the
+// digests are.
+static inline char* safe_header(const SafeOut* tensors, const uint64_t* digests, int count,
+                                const SafePair* pairs, int pair_count, size_t* bytes) {
     char *block = NULL, digits[SAFE_DIGITS + 1];
     FILE* out = open_memstream(&block, bytes);
     if (!out) die("out of memory for the header of a safetensors file");
     for (int i = 0; i < 8; i++) fputc(0, out);          // the place of the length
     fputc('{', out);
-    safe_write_metadata(out, tensors, count, pairs, pair_count);
+    safe_write_metadata(out, tensors, digests, count, pairs, pair_count);
     safe_write_entries(out, tensors, count);
     fputc('}', out);
     while (ftell(out) % 8 != 0) fputc(' ', out);        // so that data can be mapped as what it is
@@ -687,19 +686,33 @@ static inline char* safe_header(const SafeOut* tensors, int count, const SafePai
     return block;
 }
 
+// Whether we would read a file with this header (`bytes` with its length): if not, it is not written.
+static inline bool safe_readable(const char* path, const char* header, size_t bytes, const SafeOut* tensors,
+                                 int count, Error* e) {
+    SafeFile check;
+    uint64_t file_bytes = bytes;
+    for (int i = 0; i < count; i++) file_bytes += safe_out_bytes(&tensors[i]);
+    check.path = path;
+    bool good = safetensors_parse(&check, header + 8, bytes - 8, file_bytes, e);
+    if (good) safetensors_close(&check);
+    return good;
+}
+
 // Replaces path by a file with these tensors, in this order, and this metadata: all or nothing, from the
 // caller's memory. Names and metadata are UTF-8; other bytes become U+FFFD.
 static inline bool safetensors_write(const char* path, const SafeOut* tensors, int count,
                                      const SafePair* metadata, int metadata_count, Error* e) {
     ReplacedFile file;
-    SafeFile check;
     size_t bytes;
-    char* header = safe_header(tensors, count, metadata, metadata_count, &bytes);
-    uint64_t file_bytes = bytes;
-    for (int i = 0; i < count; i++) file_bytes += safe_out_bytes(&tensors[i]);
-    check.path = path;                  // what we would refuse is not written
-    bool good = safetensors_parse(&check, header + 8, bytes - 8, file_bytes, e);
-    if (good) safetensors_close(&check);
+    uint64_t* digests = (uint64_t*)allocate((size_t)count, sizeof(uint64_t));
+    for (int i = 0; i < count; i++) {
+        Digest digest = digest_begin();
+        digest_add(&digest, tensors[i].data, safe_out_bytes(&tensors[i]));
+        digests[i] = digest_end(&digest);
+    }
+    char* header = safe_header(tensors, digests, count, metadata, metadata_count, &bytes);
+    free(digests);
+    bool good = safe_readable(path, header, bytes, tensors, count, e);
     good = good && replace_begin(&file, path, e) && replace_write(&file, header, bytes, e);
     for (int i = 0; i < count && good; i++)
         good = replace_write(&file, tensors[i].data, safe_out_bytes(&tensors[i]), e);

@@ -9,11 +9,22 @@ if command -v apt-get > /dev/null; then
     for package in python3-torch python3-matplotlib clang openmpi-bin libopenmpi-dev mpich libmpich-dev; do
         dpkg -s $package > /dev/null 2>&1 || missing="$missing $package"
     done
-    [ -z "$missing" ] && { echo "deps: everything is there"; exit 0; }
-    $sudo apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing > /dev/null
-    echo "deps: installed$missing"
+    if [ -n "$missing" ]; then
+        $sudo apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing > /dev/null
+    fi
+    echo "deps: installed${missing:- nothing, everything is there}"
 else
     python3 -m pip install torch numpy matplotlib
     echo "deps: installed torch, matplotlib; clang (for make fuzz) and MPI are your system's own"
+fi
+# Where cuDNN is, the headers that USE_CUDNN=1 needs beside it
+frontend=build/cudnn_frontend
+if [ ! -e $frontend ] && command -v nvcc > /dev/null && echo '#include <cudnn.h>' | nvcc -x c++ -E - > /dev/null 2>&1; then
+    if python3 -m pip install -q --no-deps --target $frontend nvidia-cudnn-frontend==1.32.0; then
+        echo "deps: installed cudnn-frontend in $frontend"
+    else
+        rm -rf $frontend
+        echo "deps: cudnn-frontend could not be installed; USE_CUDNN=1 stays unchecked"
+    fi
 fi

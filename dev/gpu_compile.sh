@@ -43,9 +43,20 @@ link() {
     printf '#include <%s>\nint main() { return (int)(size_t)%s == 0; }\n' "$2" "$3" > "$folder/link.cu"
     compiles "links $1" "$folder/link.cu" -o "$folder/link" "$4"
 }
-present() { printf '#include <%s>\n' "$1" > "$folder/present.cu" && "$nvcc" -c "$folder/present.cu" -o "$folder/present.o" > /dev/null 2>&1; }
+frontend=${CUDNN_FRONTEND:-build/cudnn_frontend/include}
+present() {
+    printf '#include <%s>\n' "$1" > "$folder/present.cu"
+    "$nvcc" -isystem "$frontend" -c "$folder/present.cu" -o "$folder/present.o" > /dev/null 2>&1
+}
 link cuBLASLt cublasLt.h cublasLtGetVersion -lcublasLt
 if present nccl.h; then link NCCL nccl.h ncclGetVersion -lnccl; else echo "skip NCCL: found no nccl.h"; fi
-if present cudnn.h; then link cuDNN cudnn.h cudnnGetVersion -lcudnn; else echo "skip cuDNN: found no cudnn.h"; fi
+if present cudnn.h && present cudnn_frontend_version.h; then
+    compiles "attention by cuDNN" -x c++ -std=c++17 -Xcompiler -Wall,-Wextra,-Werror -DCUDNN_IMPLEMENTATION -isystem "$frontend" \
+        -c dev/cuda/attention_cudnn.h -o "$folder/attention.o"
+    compiles "links cuDNN" -std=c++17 -arch=sm_80 -DPRECISION_BF16 -DUSE_CUDNN -D_GNU_SOURCE -Werror all-warnings \
+        -Xcompiler -Wall,-Wextra,-Wno-unused-function,-fopenmp test_gpt_mhc.cu -o "$folder/link" "$folder/attention.o" -lcublasLt -lcudnn
+else
+    echo "skip cuDNN: found no cudnn.h and cudnn_frontend_version.h, run make deps"
+fi
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

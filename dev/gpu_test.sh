@@ -50,6 +50,13 @@ for precision in FP32 BF16; do
     for order in order=random:1 order=random:2,threads=1 order=random:3,lazy; do in_order $order "$out/test" $precision; done
 done
 
+if [ "${USE_CUDNN:-}" = 1 ] && [ $nvcc != dev/cpu_cuda/nvcc ]; then
+    make -B test_gpt_mhc_cuda NVCC="$nvcc" USE_CUDNN=1 > "$out/log" 2>&1
+    verdict "test_gpt_mhc.cu with cuDNN compiles" $?
+    tests "attention by cuDNN" ./test_gpt_mhc_cuda attention
+    tests "the step with attention by cuDNN" ./test_gpt_mhc_cuda step
+fi
+
 if [ $nvcc = dev/cpu_cuda/nvcc ]; then
     for mode in --check --address; do
         compile test_gpt_mhc.cu "$out/test" BF16 $mode

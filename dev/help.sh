@@ -12,7 +12,7 @@ mhc.c trains GPT models with manifold-constrained hyper-connections.
   make test        every check that fits in minutes; make deps installs what only checks need
   make bench       tokens/s, GFLOP/s, and the cost of each residual mode against plain
   make fuzz        throw damaged files at every parser (ARGS=seconds)
-  make mutate      plant mistakes in the mathematics and see the checks find them
+  make mutate      plant mistakes in the mathematics and the kernels and see the checks find them
   make figures     the paper's figures, small; FIGURES="gain loss": some; sh scripts/fig_gain.sh --help
   make test-cpu-cuda   CUDA source run on the CPU: the checks of dev/cpu_cuda
   make gpu-compile     every .cu with nvcc, for each architecture (no GPU needed)

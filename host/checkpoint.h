@@ -35,7 +35,7 @@ static void export_shape(SafeOut* out, int rank, size_t a, size_t b, size_t c, s
     for (int i = 0; i < rank; i++) out->shape[i] = shape[i];
 }
 
-// Numbers as fp32: themselves, or a copy in the double build
+// NumberKind as fp32: themselves, or a copy in the double build
 static SafeOut* export_real(Export* x, const char* prefix, const char* name, const real* numbers,
                             size_t count) {
     const void* data = numbers;
@@ -48,10 +48,12 @@ static SafeOut* export_real(Export* x, const char* prefix, const char* name, con
     return export_tensor(x, prefix, name, SAFE_F32, data);
 }
 
+// numbers as params or grads; NULL: they come from elsewhere
 static void export_parameters(Export* x, const Model* m, const char* prefix, const real* numbers) {
     for (int i = 0; i < m->tensor_count; i++) {
         const Tensor* t = &m->tensors[i];
-        SafeOut* out = export_real(x, prefix, t->name, numbers + t->first, tensor_size(t));
+        SafeOut* out = numbers ? export_real(x, prefix, t->name, numbers + t->first, tensor_size(t))
+                               : export_tensor(x, prefix, t->name, SAFE_F32, NULL);
         export_shape(out, t->spec->cols == DIM_1 ? 1 : 2, t->rows, t->cols, 0, 0);
     }
 }
@@ -114,25 +116,96 @@ static void log_end(Run* run) {
     said = true;
 }
 
+// One tensor's parameters or moments, at `offset` of the file, by the first of those that hold it; its
+// digest. The others send the moments that are theirs. After a failed write, which leaves its reason in e,
+// moments are received all the same.
+static void write_numbers(Run* run, ReplacedFile* file, NumberKind what, const Tensor* t, uint64_t offset,
+                          uint64_t* digest, Error* e) {
+    enum { SLICE = 1 << 18 };
+    Holders h = holders_of(&run->pipe, t);
+    real* numbers = (real*)allocate(SLICE, sizeof(real));
+    float* single = (float*)allocate(SLICE, sizeof(float));
+    Digest d = digest_begin();
+    bool good = file->temporary != NULL, moments = what == NUMBERS_ADAM_M || what == NUMBERS_ADAM_V;
+    for (int j = 0; j < (moments ? h.count : 1); j++) {
+        size_t size = moments ? piece_size(&h, t, j) : tensor_size(t), count;
+        for (size_t at = 0; at < size && (h.mine == 0 || h.mine == j); at += count) {
+            count = size - at < SLICE ? size - at : (size_t)SLICE;
+            if (h.mine == j) machine_read(run, what, t, at, count, numbers);
+            else receive_numbers(run, h.ranks[j], numbers, count, "waits for moments to save");
+            if (h.mine) {
+                int request = send_numbers(run, h.ranks[0], numbers, count);
+                transport_wait(run->pipe.transport, request, "waits for its moments to be saved");
+                continue;
+            }
+            for (size_t i = 0; i < count; i++) single[i] = (float)numbers[i];
+            digest_add(&d, single, sizeof(float) * count);
+            good = good && replace_write_at(file, single, sizeof(float) * count, offset, e);
+            offset += sizeof(float) * count;
+        }
+    }
+    *digest = h.mine ? 0 : digest_end(&d);
+    free(h.ranks);
+    free(numbers);
+    free(single);
+}
+
+// Each rank has the digests of what it wrote, and 0 elsewhere; the leader needs all. A double holds 32 bits
+// exactly.
+static void gather_digests(const Run* run, uint64_t* digests, int count) {
+    double* halves = (double*)allocate(2 * (size_t)count, sizeof(double));
+    for (int i = 0; i < 2 * count; i++) halves[i] = (double)(uint32_t)(digests[i / 2] >> 32 * (i % 2));
+    transport_sum(run->pipe.transport, halves, 2 * count);
+    for (int i = 0; i < count; i++) digests[i] = (uint64_t)halves[2 * i] | (uint64_t)halves[2 * i + 1] << 32;
+    free(halves);
+}
+
+// Writes a checkpoint, every rank what it holds. The leader creates the file, adds the header when the
+// digests are known, and gives it its name. False on every rank if it failed on one.
+static bool write_checkpoint(Run* run, const char* path, const Export* x, const Metadata* d, Error* e) {
+    static const NumberKind kinds[] = {NUMBERS_PARAMS, NUMBERS_ADAM_M, NUMBERS_ADAM_V};
+    ReplacedFile file = {path, NULL, -1};
+    size_t bytes;
+    int count = run->model.tensor_count;
+    uint64_t* digests = (uint64_t*)allocate((size_t)x->count, sizeof(uint64_t));
+    char* header = safe_header(x->out, digests, x->count, d->pairs, d->count, &bytes);
+    bool good = safe_readable(path, header, bytes, x->out, x->count, e);
+    good = all_well(run, good && (!is_leader(run) || replace_begin(&file, path, e)), e);
+    good = good && all_well(run, is_leader(run) || replace_join(&file, path, e), e);
+    uint64_t offset = bytes;
+    for (int i = 0; i < x->count && good; i++) {    // a rank that fails goes on: others count on its messages
+        write_numbers(run, &file, kinds[i / count], &run->model.tensors[i % count], offset, &digests[i], e);
+        offset += safe_out_bytes(&x->out[i]);
+    }
+    if (good) gather_digests(run, digests, x->count);
+    free(header);
+    header = safe_header(x->out, digests, x->count, d->pairs, d->count, &bytes);
+    good = good && all_well(run, file.temporary && (is_leader(run) || replace_leave(&file, e)), e);
+    if (is_leader(run)) good = good && replace_write_at(&file, header, bytes, 0, e) && replace_end(&file, e);
+    if (!good) replace_abandon(&file);
+    free(header);
+    free(digests);
+    return all_well(run, good, e);
+}
+
 // Parameters, moments and the state of the run; afterwards only the newest checkpoints stay. What is not
 // finite is not kept: it would push out the checkpoints from before.
 static bool save_checkpoint(Run* run, Error* e) {
     char path[RUNDIR_PATH];
-    const Tensor* t = machine_nonfinite(run, false);
+    const Tensor* t = first_nonfinite_anywhere(run, false);
     if (t)
         return fail(e, "weight %s is not finite after step %ld: no checkpoint was written", t->name,
                     run->step);
-    machine_fetch(run);
     Export x = export_open(3 * run->model.tensor_count);
     Metadata d = run_metadata(run);
     rundir_path(path, run->o.out, run->step);
-    export_parameters(&x, &run->model, "", run->model.params);
-    export_parameters(&x, &run->model, "adam_m.", run->model.adam_m);
-    export_parameters(&x, &run->model, "adam_v.", run->model.adam_v);
-    bool good = safetensors_write(path, x.out, x.count, d.pairs, d.count, e);
+    export_parameters(&x, &run->model, "", NULL);
+    export_parameters(&x, &run->model, "adam_m.", NULL);
+    export_parameters(&x, &run->model, "adam_v.", NULL);
+    bool good = write_checkpoint(run, path, &x, &d, e);
     export_close(&x);
     metadata_close(&d);
-    if (!good) return false;
+    if (!good || !is_leader(run)) return good;
     if (run->o.keep) rundir_keep(run->o.out, run->o.keep);
     runlog_begin(&run->log, "save");
     runlog_int(&run->log, "step", run->step);
@@ -299,7 +372,7 @@ static bool load_weights(Model* m, const SafeFile* f, Error* e) {
             return fail(
                 e, "%s: found no tensor %s, expected one, choose the --model and options it was made with",
                 f->path, t->name);
-        if (!load_tensor(f, found, t, transposed, m->params + t->first, e)) return false;
+        if (t->here && !load_tensor(f, found, t, transposed, m->params + t->first, e)) return false;
     }
     return true;
 }
@@ -312,7 +385,12 @@ static bool load_moments(Model* m, const SafeFile* f, Error* e) {
         const SafeTensor* found = safetensors_find(f, name);
         if (!found)
             return fail(e, "%s: found no tensor %s, expected one, is it a checkpoint?", f->path, name);
-        if (!load_tensor(f, found, t, false, (i % 2 ? m->adam_v : m->adam_m) + t->first, e)) return false;
+        if (!t->here) continue;
+        real* whole = (real*)allocate(tensor_size(t), sizeof(real));
+        bool good = load_tensor(f, found, t, false, whole, e);
+        memcpy((i % 2 ? m->adam_v : m->adam_m) + t->moments, whole + t->piece, sizeof(real) * t->piece_size);
+        free(whole);
+        if (!good) return false;
     }
     return true;
 }
@@ -340,7 +418,7 @@ static bool open_newest(SafeFile* f, const char* dir, Error* e) {
 }
 
 // hc.k.pre, post (B, T, n) and res (B, T, n, n) of every sublayer
-static void export_coefficients(Export* x, const Run* run) {
+static void export_coefficients(Export* x, Run* run) {
     int n = run->c.n, count = coefficient_count(&run->c);
     size_t B = (size_t)run->o.batch, T = (size_t)run->c.T;
     for (int k = 0; k < 2 * run->c.L && count; k++)
@@ -350,9 +428,9 @@ static void export_coefficients(Export* x, const Run* run) {
             float* copy = (float*)allocate(B * T * (size_t)width, sizeof(float));
             char name[MAX_NAME];
             for (size_t i = 0; i < B * T * (size_t)width; i++)
-                copy[i] =
-                    (float)run->acts.sub[k]
-                        .coef[i / (size_t)width * (size_t)count + (size_t)(map * n) + i % (size_t)width];
+                copy[i] = (float)machine_coefficients(
+                    run, &run->pipe.parts[0],
+                    k)[i / (size_t)width * (size_t)count + (size_t)(map * n) + i % (size_t)width];
             x->copies[x->copy_count++] = copy;
             snprintf(name, sizeof name, "hc.%d.%s", k, maps[map]);
             export_shape(export_tensor(x, "", name, SAFE_F32, copy), map < 2 ? 3 : 4, B, T, (size_t)n,
@@ -364,7 +442,8 @@ static void export_coefficients(Export* x, const Run* run) {
 static bool dump(Run* run, Error* e) {
     Model* m = &run->model;
     size_t B = (size_t)run->o.batch, T = (size_t)run->c.T, V = (size_t)run->c.V;
-    if (!training_batch(run, 0, 0, e)) return false;
+    run->step = 0;              // of a checkpoint too the data's first micro-batch
+    if (!training_batch(run, 0, e)) return false;
     Export x = export_open(4 + 2 * m->tensor_count + 6 * run->c.L);
     Metadata d = run_metadata(run);
     real* logits = (real*)allocate(B * T * V, sizeof(real));

@@ -16,8 +16,9 @@ static void print_bar(const Run* run) {
 static void report_step(Run* run, const StepReport* r, const Gain* gain, double mean_seconds) {
     const Options* o = &run->o;
     long step = run->step + (r->verdict == VERDICT_STOP);       // one that stops the run is not finished
-    double tokens = (double)o->micro_batches * (double)o->batch * (double)o->seq;
-    double mfu = run->peak > 0 ? flops_per_token(&run->model, run->c.T) * tokens / r->seconds / run->peak : 0;
+    double tokens = step_tokens(run);
+    double mfu = run->peak > 0 ? flops_per_token(&run->model, run->c.T) * tokens / r->seconds /
+                                    (run->peak * run->pipe.transport->size) : 0;
     long left = (long)(mean_seconds * (double)(o->steps - run->step));
     if (step % o->log_every == 0 || step == o->steps || r->verdict != VERDICT_APPLY) {
         printf("%sstep %5ld/%ld | loss %.4f (z %+.1f) | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | MFU "
@@ -48,6 +49,7 @@ static bool report_validation(Run* run, Error* e) {
     double loss;
     if (!run->has_val) return true;
     if (!validation_loss(run, &loss, e)) return false;
+    if (!is_leader(run)) return true;
     printf("%sval loss %.4f", isatty(STDOUT_FILENO) ? "\r\033[K" : "", loss);
     runlog_begin(&run->log, "val");
     runlog_int(&run->log, "step", run->step);
@@ -68,8 +70,6 @@ static struct { char text[4096]; size_t length; } sample;
 static void emit_sample(Run* run, int token) {
     sample.length = append_token(run, sample.text, sample.length, sizeof sample.text, token);
 }
-
-static bool can_print(const Run* run) { return run->has_bpe || run->c.V <= 256; }
 
 static void report_sample(Run* run) {
     int32_t start = run->has_bpe ? (int32_t)run->bpe.eot : '\n';
@@ -98,7 +98,7 @@ static void log_run(Run* run) {
     runlog_text(&run->log, "device", text);
     runlog_int(&run->log, "threads", thread_count());
     runlog_int(&run->log, "step", run->step);
-    runlog_int(&run->log, "parameters", (long long)run->model.size);
+    runlog_int(&run->log, "parameters", (long long)run->model.total);
     for (int row = 0; row < options_count(); row++) {
         options_value(&run->o, row, text, sizeof text);
         runlog_text(&run->log, options_name(row), text);
@@ -109,6 +109,7 @@ static void log_run(Run* run) {
 }
 
 static int stop_run(Run* run, const char* why, int status) {
+    if (!is_leader(run)) return status;
     runlog_begin(&run->log, "stop");
     runlog_int(&run->log, "step", run->step);
     runlog_text(&run->log, "reason", why);
@@ -121,8 +122,8 @@ static int stop_run(Run* run, const char* why, int status) {
 static int save_and_stop(Run* run, const char* why, int status) {
     Error e;
     if (!save_checkpoint(run, &e)) {
-        bool finite = !machine_nonfinite(run, false);
-        fprintf(stderr, "%s\n", e.text);
+        bool finite = !first_nonfinite_anywhere(run, false);
+        if (is_leader(run)) fprintf(stderr, "%s\n", e.text);
         return stop_run(run, e.text, finite ? STATUS_SAVE_FAILED : STATUS_NONFINITE);
     }
     return stop_run(run, why, status);
@@ -142,9 +143,10 @@ static void print_quoted(const char* text) {
 }
 
 static int stop_on_signal(Run* run, int argc, char** argv) {
-    printf("%sstopped after step %ld", isatty(STDOUT_FILENO) ? "\r\033[K" : "", run->step);
+    if (is_leader(run))
+        printf("%sstopped after step %ld", isatty(STDOUT_FILENO) ? "\r\033[K" : "", run->step);
     int status = save_and_stop(run, "signal", STATUS_DONE);
-    if (status != STATUS_DONE) return status;
+    if (status != STATUS_DONE || !is_leader(run)) return status;
     printf("; this goes on:\n ");
     for (int i = 0; i < argc; i++)
         if (strncmp(argv[i], "--overwrite", 11)) print_quoted(argv[i]);
@@ -182,18 +184,35 @@ static void log_streams(Run* run, const StreamStats* s) {
     free(values);
 }
 
-// Gains and streams on the first validation sequence (of the training data where there is none);
-// the largest composite ones
+// A pass of the first validation sequence: mappings (2L, T, n, n) and streams (2L + 1) of every rank's stages
+static bool observe(Run* run, double* mappings, StreamStats* streams, Error* e) {
+    int T = run->c.T, n = run->c.n, count = 2 * run->c.L;
+    machine_watch_streams(run, streams);
+    bool good = pipe_run(run, 1, 1, true, first_sequence, e);
+    machine_watch_streams(run, NULL);
+    for (int i = 0; i < run->pipe.part_count; i++) {
+        const Part* c = &run->pipe.parts[i];
+        if (c->direction || run->pipe.replica) continue;        // another rank has them too
+        for (int k = c->stage.first; k < c->stage.last; k++)
+            residual_mappings(mappings + (size_t)k * (size_t)(T * n * n), &run->c,
+                              machine_coefficients(run, c, k), T);
+    }
+    if (run->pipe.replica) memset(streams, 0, sizeof(StreamStats) * (size_t)(count + 1));
+    transport_sum(run->pipe.transport, mappings, count * T * n * n);
+    transport_sum(run->pipe.transport, (double*)streams,
+                  (count + 1) * (int)(sizeof(StreamStats) / sizeof(double)));
+    return all_well(run, good, e);
+}
+
+// Gains and streams of the first validation sequence; *largest: of the composite ones
 static bool measure_gains(Run* run, Gain* largest, Error* e) {
-    int T = run->c.T, count = 2 * run->c.L;
+    int T = run->c.T, n = run->c.n, count = 2 * run->c.L;
     Gain* gains = (Gain*)allocate((size_t)(2 * count), sizeof(Gain));
-    bool good = run->has_val ? tokens_val_window(&run->val, 0, T, run->c.V, run->tokens, run->targets, e)
-                             : tokens_train_window(&run->train, (uint64_t)run->o.seed, 0, T, run->c.V,
-                                                   run->tokens, run->targets, e);
-    if (good) {
-        StreamStats* streams = (StreamStats*)allocate((size_t)(count + 1), sizeof(StreamStats));
-        machine_observe(run, streams);
-        model_gains(gains, gains + count, &run->c, &run->acts, T);
+    double* mappings = (double*)allocate((size_t)count * (size_t)(T * n * n), sizeof(double));
+    StreamStats* streams = (StreamStats*)allocate((size_t)(count + 1), sizeof(StreamStats));
+    bool good = observe(run, mappings, streams, e);
+    if (good && is_leader(run)) {
+        model_gains(gains, gains + count, &run->c, mappings, T);
         memset(largest, 0, sizeof *largest);
         for (int k = 0; k < count; k++) {
             largest->forward_max = fmax(largest->forward_max, gains[count + k].forward_max);
@@ -205,8 +224,9 @@ static bool measure_gains(Run* run, Gain* largest, Error* e) {
         log_gains(run, "composite", gains + count);
         log_streams(run, streams);
         log_end(run);
-        free(streams);
     }
+    free(streams);
+    free(mappings);
     free(gains);
     return good;
 }

@@ -8,7 +8,6 @@
 
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#include <sched.h>
 #include <semaphore.h>
 #include <stdarg.h>
 #include <sys/mman.h>
@@ -211,8 +210,7 @@ static void fiber_main();
 // Gives t a stack from which cpu_cuda_switch enters fiber_main.
 NO_ADDRESS static void new_fiber(Worker* w, Thread* t) {
     size_t i = (size_t)(t - w->threads.data());
-    // Stacks whose tops agree modulo a page would fight for the same sets of the cache.
-    size_t colour = i * 832 % PAGE & ~(size_t)63;
+    size_t colour = i * 832 % PAGE & ~(size_t)63;       // else tops would fight for the same sets of the cache
     t->stack = w->stacks + i * STRIDE + PAGE;
     void** top = (void**)(t->stack + STACK - colour) - 8;       // six registers, and where to go
     top[6] = (void*)fiber_main;
@@ -282,43 +280,6 @@ __attribute__((noinline)) static void wait(bool spins = false) {
     if (next != me) switch_to(w, next, &me->stack_pointer);
 }
 
-static void check_mask(const Thread* t);
-static void release(Barrier* barrier);
-
-static void exit_thread(Worker* w, Thread* t) {
-    Warp* warp = t->warp;
-    Block* block = t->block;
-    Barrier* barrier = &block->barriers[0];
-    w->spins.store(0, std::memory_order_relaxed);
-    w->live--;
-    block->live--;
-    warp->live &= ~t->bit();
-    each_lane(warp->waiting, [=](int lane) { check_mask(warp->lane0 + lane); });
-    if (block->live && barrier->arrived.size() == block->live) release(barrier);        // exited is arrived
-    t->stack_pointer = nullptr;
-    current = nullptr;
-}
-
-// A fiber: runs its first thread, then every next one that never ran; then it ends.
-NO_ADDRESS static void fiber_main() {
-    Worker* w = worker;
-    Thread* t = current;
-    char* stack = t->stack;
-    bool first = !w->home_size;                 // entered from the worker's own stack
-    auto home = first ? &w->home : nullptr;
-    auto home_size = first ? &w->home_size : nullptr;
-    if (address_sanitizer) __sanitizer_finish_switch_fiber(nullptr, home, home_size);
-    do {
-        enter(t);
-        t->stack = stack;
-        launched->call(launched->arguments);
-        exit_thread(w, t);
-        t = pick(w, false);
-    } while (t && !t->stack_pointer);
-    if (t) switch_to(w, t, nullptr);
-    switch_stack(nullptr, w->home_pointer, w->home, w->home_size);
-}
-
 // ------------------------------------------------------------------------------------------------
 // Barriers of a block and of the grid
 
@@ -334,15 +295,14 @@ static void release(Barrier* barrier) {
 }
 
 // Waits for others at the same barrier, which agree in `expected` and, but for a named barrier, in the line.
-static int meet(Barrier* barrier, bool named, unsigned expected, int vote, const char* what, Place here) {
-    Thread* me = arrive(what, here);
-    if (!barrier->arrived.empty()) {
-        const Thread* other = barrier->arrived[0];
-        bool same_line = other->place.line == here.line && same_text(other->place.file, here.file);
-        if (named ? barrier->expected != expected : !same_line) report_waiting("divergent barrier");
-    }
+static int meet(Barrier* barrier, bool named, unsigned expected, int vote) {
+    const Thread* other = barrier->arrived.empty() ? current : barrier->arrived[0];
+    Place here = current->place, there = other->place;
+    bool same_line = here.line == there.line && same_text(here.file, there.file);
+    if (other != current && (named ? barrier->expected != expected : !same_line))
+        report_waiting("divergent barrier");
     barrier->expected = expected;
-    barrier->arrived.push_back(me);
+    barrier->arrived.push_back(current);
     barrier->votes += vote;
     if (barrier->arrived.size() == expected) release(barrier);
     else wait();
@@ -350,22 +310,22 @@ static int meet(Barrier* barrier, bool named, unsigned expected, int vote, const
 }
 
 int block_barrier(int predicate, const char* what, Place here) {
-    Block* block = in_kernel(what, here)->block;
-    return meet(&block->barriers[0], false, block->live, predicate != 0, what, here);
+    Block* block = arrive(what, here)->block;
+    return meet(&block->barriers[0], false, block->live, predicate != 0);
 }
 
 void named_barrier(int id, int threads, Place here) {
-    Block* block = in_kernel("bar.sync", here)->block;
+    Block* block = arrive("bar.sync", here)->block;
     bool fits = threads > 0 && threads <= (int)block->threads + WARP - 1 && threads % WARP == 0;
     if (id < 1 || id > 15 || !fits)
         stop(here, "bar.sync: found barrier %d, %d threads, expected 1 to 15, whole warps", id, threads);
-    meet(&block->barriers[id], true, (unsigned)threads, 0, "bar.sync", here);
+    meet(&block->barriers[id], true, (unsigned)threads, 0);
 }
 
 void grid_barrier(Place here) {
-    in_kernel("grid.sync", here);
+    arrive("grid.sync", here);
     if (!launched->cooperative) stop(here, "grid.sync in a launch that is not cooperative");
-    meet(&worker->at_grid, false, (unsigned)worker->threads.size(), 0, "grid.sync", here);
+    meet(&worker->at_grid, false, (unsigned)worker->threads.size(), 0);
 }
 
 void fence() {
@@ -387,7 +347,7 @@ void spin_wait(Place here) {
     if (spins == 2 * PATIENCE) {
         size_t left = blocks - std::min(blocks, next_block.load());
         auto hopeless = [](const Worker& other) { return other.spins >= PATIENCE; };
-        sched_yield();
+        std::this_thread::yield();
         if (std::all_of(workers(), workers() + options().threads, hopeless))
             report_waiting("a spin without end; blocks that have not begun: " + std::to_string(left));
         spins = PATIENCE;
@@ -467,6 +427,42 @@ void shuffle(const void* value, void* result, size_t size, ShuffleKind kind, int
         });
     };
     warp_together(work, &s, mask, what, here);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The end of a thread, and a fiber's life
+
+static void exit_thread(Worker* w, Thread* t) {
+    Warp* warp = t->warp;
+    Block* block = t->block;
+    w->spins.store(0, std::memory_order_relaxed);
+    w->live--;
+    block->live--;
+    warp->live &= ~t->bit();
+    each_lane(warp->waiting, [=](int lane) { check_mask(warp->lane0 + lane); });
+    if (block->live && block->barriers[0].arrived.size() == block->live)
+        release(&block->barriers[0]);           // exited is arrived
+    t->stack_pointer = nullptr;
+    current = nullptr;
+}
+
+// A fiber: runs its first thread, then every next one that never ran; then it ends.
+NO_ADDRESS static void fiber_main() {
+    Worker* w = worker;
+    Thread* t = current;
+    char* stack = t->stack;
+    bool first = !w->home_size;                 // entered from the worker's own stack
+    if (address_sanitizer)
+        __sanitizer_finish_switch_fiber(nullptr, first ? &w->home : nullptr, first ? &w->home_size : nullptr);
+    do {
+        enter(t);
+        t->stack = stack;
+        launched->call(launched->arguments);
+        exit_thread(w, t);
+        t = pick(w, false);
+    } while (t && !t->stack_pointer);
+    if (t) switch_to(w, t, nullptr);
+    switch_stack(nullptr, w->home_pointer, w->home, w->home_size);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -598,10 +594,6 @@ static void run_share(Worker* w) {
     worker = nullptr;
 }
 
-static void wait_for(sem_t* event) {
-    while (sem_wait(event)) {}                  // interrupted
-}
-
 // The caller of run_grid is the first of them.
 static Worker* workers() {
     static Worker* all = nullptr;
@@ -612,7 +604,7 @@ static Worker* workers() {
         sem_init(&w->end, 0, 0);
         std::thread([w] {
             for (;;) {
-                wait_for(&w->begin);
+                while (sem_wait(&w->begin)) {}  // interrupted
                 run_share(w);
                 sem_post(&w->end);
             }
@@ -635,7 +627,8 @@ void run_grid(const Launch& launch) {
     for (int i = 0; i < count; i++) w[i].spins = 0;
     for (int i = 1; i < count; i++) sem_post(&w[i].begin);
     run_share(w);
-    for (int i = 1; i < count; i++) wait_for(&w[i].end);
+    for (int i = 1; i < count; i++)
+        while (sem_wait(&w[i].end)) {}
 }
 
 const Launch* current_launch() { return worker ? launched : nullptr; }

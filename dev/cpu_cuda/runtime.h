@@ -16,22 +16,11 @@
 #include <string>
 #include <vector>
 
-#ifndef CPU_CUDA_CHECK
-#define CPU_CUDA_CHECK 0                // 1: user code, compiled with -fsanitize=thread, reports its accesses
-#endif
-#ifndef __has_feature
-#define __has_feature(feature) 0        // what clang has; gcc defines __SANITIZE_ADDRESS__
-#endif
-
 namespace cpu_cuda {
 
 constexpr int WARP = 32, STATUS_REPORT = 66;
-constexpr bool checking = CPU_CUDA_CHECK;
-#if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
-constexpr bool address_sanitizer = true;
-#else
-constexpr bool address_sanitizer = false;
-#endif
+constexpr bool checking = CPU_CUDA_CHECK;               // user code, by -fsanitize=thread, reports accesses
+constexpr bool address_sanitizer = CPU_CUDA_ADDRESS;    // it watches both, the user's code and this
 
 // Options: CPU_CUDA=order=random:7,lazy,threads=1. A word it does not know ends the program with status 2.
 enum Order { FORWARD, REVERSE, RANDOM };
