@@ -50,7 +50,7 @@ STOPPED, NOT_FINITE = 1, 3      # exit status: ours where runs remain; the train
 SCALES = {
     "tiny": dict(seeds=(1, 2, 3), layers=8, width=64, heads=4, seq=64, batch=8, steps=300, warmup=50,
                  lr=3e-3, val_batches=40, save_every=0),
-    "gpu": dict(seeds=(1, 2, 3), layers=12, width=256, heads=4, seq=256, batch=64, steps=2000, warmup=200,
+    "gpu": dict(seeds=(1, 2, 3), layers=12, width=256, heads=4, seq=256, batch=32, steps=1500, warmup=150,
                 lr=2e-3, val_batches=20, save_every=500, gain_every=50),
     "a100": dict(seeds=(1, 2, 3), layers=12, width=512, heads=8, seq=1024, batch=32, micro_batches=4,
                  steps=6000, warmup=300, lr=2e-3, schedule="wsd", val_batches=40, save_every=500,
