@@ -70,8 +70,8 @@ static inline Request** request_first(Request** list, const Request* like) {
 
 // Hands over what has met. A receive behind another of its sender and tag waits for its turn.
 static inline void loopback_deliver(Transport* to) {
-    for (Request **at = &to->receives, *receive; (receive = *at);) {
-        Request **found = request_first(&to->sends, receive), *send = *found;
+    for (Request** at = &to->receives; *at;) {
+        Request *receive = *at, **found = request_first(&to->sends, receive), *send = *found;
         if (request_first(&to->receives, receive) != at || !send || send->delay-- > 0) {
             at = &receive->next;
             continue;
@@ -195,7 +195,7 @@ static inline Transport* mpi_open(int* argc, char*** argv) {
     MPI_Get_version(&version, &minor);
     MPI_Get_library_version(library, &length);
     library[strcspn(library, ",\n")] = 0;       // "Open MPI v4.1.4", "MPICH Version:\t4.0.2"
-    for (char* tab; (tab = strchr(library, '\t'));) *tab = ' ';
+    for (char* c = library; *c; c++) *c = *c == '\t' ? ' ' : *c;
     snprintf(t->name, sizeof t->name, "MPI %d.%d (%.80s)", version, minor, library);
     MPI_Comm_get_attr(MPI_COMM_WORLD, MPI_TAG_UB, (void*)&last_tag, &found);
     mpi_tags = (long)*last_tag + 1;
