@@ -41,7 +41,7 @@ over_steps.set(xlabel="step", title="composite, largest over the sublayers")
 composite.set(xlabel="from sublayer ... to the end", title="composite, after the last step")
 single.set(xlabel="sublayer", title="one sublayer, after the last step")
 nearness.set(yscale="log", xlabel="sublayer", ylabel="|gain - 1|, the larger side",
-             title=f"how near mHC is to 1 ({fig.settings.get('sinkhorn_iters', 20)} iterations)")
+             title=f"how near mHC is to 1 ({fig.sinkhorn_iters} iterations)")
 over_steps.legend()
 nearness.legend(fontsize=8)
 fig.table(["what", "arm", "side", "step_or_sublayer", "largest", "smallest"], rows)

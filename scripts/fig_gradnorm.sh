@@ -5,9 +5,9 @@
 PYTHONPATH=$(dirname "$0") exec "${PYTHON:-/usr/bin/python3}" - "$@" << 'FIGURE'
 from figures import *
 
-fig = Figure("gradnorm", "Norm of the gradient, before and after clipping", grad_clip=None,
+fig = Figure("gradnorm", "Norm of the gradient, before and after clipping",
              arms=("plain", "hc", "mhc", "ihc"))
-clip, warmup = float(fig.grad_clip or 1), int(fig.warmup)
+clip, warmup = float(fig.grad_clip), int(fig.warmup)
 rates = fig.best_rates()
 runs = {(arm, seed): fig.run(arm, seed, lr=rates.get(arm, fig.lr)) for seed in fig.seeds for arm in fig.arms}
 fig.train()

@@ -14,7 +14,7 @@ fig = Figure("table1", "Which of the three maps does what", modes=("mhc", "hc"),
 plain = {seed: fig.run("plain", seed) for seed in fig.seeds}
 arms = {}
 for mode in fig.modes:
-    arms |= {(mode, maps, None): f"{name_of(mode)}: {words}" for maps, words in ROWS.items()}
+    arms |= {(mode, maps, False): f"{name_of(mode)}: {words}" for maps, words in ROWS.items()}
     arms[mode, "pre,post,res", True] = f"{name_of(mode)}: all, static"
 runs = {(mode, maps, static, seed): fig.run(mode, seed, hc_maps=maps, hc_static=static)
         for seed in fig.seeds for mode, maps, static in arms}

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -57,6 +56,9 @@ SCALES = {
                  gain_every=100, data=f"{ROOT}/data/fineweb/*_train_*.bin",
                  val_data=f"{ROOT}/data/fineweb/*_val_*.bin"),
 }
+# What some figures vary, as it is in the others: said in every run, so that a run has one name.
+STANDARD = dict(grad_clip=1.0, streams=4, sinkhorn_iters=20, sinkhorn_order="cr", hc_maps="pre,post,res",
+                hc_static=False, hc_gap=4.0)
 SLICE_MINUTES = {"gpu": 7.5}        # a run that is stopped needs some seconds to save
 
 # ------------------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ SLICE_MINUTES = {"gpu": 7.5}        # a run that is stopped needs some seconds t
 
 
 class Run:
-    """One run of the trainer, and what it logged. An option None is left at its default."""
+    """One run of the trainer, and what it logged. An option None is not said."""
 
     def __init__(self, folder, program, arm, seed, options):
         self.arm, self.seed, self.weights = arm, seed, False
@@ -284,7 +286,7 @@ class Figure:
         if self.scale not in SCALES:
             stop(f"--scale: found {self.scale}, expected {', '.join(SCALES)}")
         own = {"tiny": tiny, "gpu": gpu, "a100": a100}[self.scale] or {}
-        self.settings = SCALES[self.scale] | common | own
+        self.settings = STANDARD | SCALES[self.scale] | common | own
         standard = ROOT / ("train_gpt_mhc" if self.scale == "tiny" else "train_gpt_mhc_cuda")
         self.program = Path(given.pop("trainer", standard)).resolve()
         folder = Path(given.pop("out", ROOT / "out/figures"))
@@ -321,6 +323,7 @@ class Figure:
     def run(self, arm, seed, weights=False, **options):
         """The run of these options, which may be another figure's too. weights: keep its last checkpoint"""
         common = {key: value for key, value in self.settings.items() if not isinstance(value, tuple)}
+        common.pop("shape", None)
         options = common | {"residual": arm, "seed": seed} | options
         run = Run(self.run_folder, self.program, arm, seed, options)
         run = self.runs.setdefault(run.folder, run)
@@ -384,10 +387,13 @@ class Figure:
     def forest(self, axis, rows, unit):
         """Paired differences: a row each of (label, differences of the seeds, colour), and their words."""
         for place, (label, gaps, colour) in enumerate(rows):
+            self.say(f"{label}: {verdict(gaps, unit)}")
+            gaps = np.array(gaps)[np.isfinite(gaps)]
+            if len(gaps) == 0:
+                continue
             mean, half = interval(gaps)
             axis.plot(gaps, np.full(len(gaps), -place - 0.18), "o", markersize=3, color=colour, alpha=0.5)
             axis.errorbar(mean, -place, xerr=np.nan_to_num(half), color=colour, marker="o", capsize=3)
-            self.say(f"{label}: {verdict(gaps, unit)}")
         axis.axvline(0, color=SOFT, linewidth=1)
         axis.set_yticks([-place for place in range(len(rows))], [label for label, _, _ in rows])
         axis.set_ylim(-len(rows) + 0.4, 0.6)
