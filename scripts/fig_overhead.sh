@@ -3,7 +3,8 @@
 # what mHC adds to a stage of its pipeline, with fused kernels and communication overlapped, at 27 B
 # parameters.
 #     sh scripts/fig_overhead.sh [--scale tiny|gpu|a100] [--widths 128,384] [--also FILE.csv] [--help]
-# --also adds what was measured elsewhere: tables, with commas between, that this script wrote there.
+# --also adds what was measured elsewhere: tables, with commas between, that this script wrote there. Times
+# are kept like any run: without out/figures/runs they are measured anew.
 PYTHONPATH=$(dirname "$0") exec "${PYTHON:-/usr/bin/python3}" - "$@" << 'FIGURE'
 from figures import *
 
@@ -44,10 +45,12 @@ for width in fig.widths:
                     f"over plain (95 %, {len(fig.seeds)} repetitions)")
 header = ["device", "width", "rung", "step_ms", "percent_over_plain", "half_width"]
 for path in others:
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            numbers = [float(row[name]) for name in header[3:]]
-            rows.append([row["device"], int(row["width"]), row["rung"], *numbers])
+    try:
+        with open(path, newline="") as file:
+            rows += [[row["device"], int(row["width"]), row["rung"], *(float(row[name]) for name in header[3:])]
+                     for row in csv.DictReader(file)]
+    except (OSError, KeyError, ValueError) as problem:
+        stop(f"{path}: found {problem!r}, expected overhead.csv of another machine")
 bars = [row for row in rows if row[2] != "plain"]
 axis = fig.panels(1, height=1.5 + 0.26 * len(bars), about="bars: 95 % of the mean")
 places = {group: k for k, group in enumerate(dict.fromkeys((row[0], row[1]) for row in rows))}
