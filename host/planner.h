@@ -248,11 +248,14 @@ static inline double planner_link_needed(Planner* p) {
 typedef struct { double parameters, state, kept, buffers; int blocks; } PlannerMemory;
 
 // Adds one of the rank's stages.
-static inline void planner_add_stage(PlannerMemory* m, const Planner* p, int k) {
+static inline void planner_add_stage(PlannerMemory* m, const Planner* p, int rank, int k) {
     const PlannerInput* in = &p->in;
     int first = 0, blocks = p->layers[k], kind = p->s.kind, N = schedule_micros(&p->s, 0);
     int slots = p->stages - k < N ? p->stages - k : N, states = kind == PIPELINE_NONE ? 2 * blocks : 1;
-    double rows = (double)in->B * in->T * in->bytes;
+    int direction = schedule_rank_of(&p->s, k, 0) != rank;
+    bool below = k > 0 && schedule_rank_of(&p->s, k - 1, direction) != rank;    // messages come and go
+    bool above = k < p->stages - 1 && schedule_rank_of(&p->s, k + 1, direction) != rank;
+    double rows = (double)in->B * in->T * in->bytes, stream = rows * in->n * in->C;
     for (int j = 0; j < k; j++) first += p->layers[j];
     for (int l = first; l < first + blocks; l++)
         m->parameters += planner_block(in, l < in->dense).parameters;
@@ -262,7 +265,8 @@ static inline void planner_add_stage(PlannerMemory* m, const Planner* p, int k) 
         m->state += in->experts ? 0 : 4 * planner_head(in);     // the embedding's too: two sums of gradients
         m->buffers += rows * in->V;                             // logits
     }
-    m->kept += slots * rows * (states * in->n * in->C + blocks * planner_block(in, false).kept);
+    m->kept += slots * (states * stream + blocks * planner_block(in, false).kept * rows);
+    m->buffers += ((below + above) * (SENDS_LEAVING + RECEIVES_AHEAD) + above + 2 * blocks) * stream;
     m->blocks += blocks;
 }
 
@@ -271,12 +275,10 @@ static inline PlannerMemory planner_memory(const Planner* p, int rank) {
     const PlannerInput* in = &p->in;
     PlannerMemory m = {0, 0, 0, 0, 0};
     bool two = p->s.kind == PIPELINE_DUALPIPE;
-    int links = (rank > 0) + (rank < in->P - 1);
-    planner_add_stage(&m, p, rank);
-    if (two || p->s.kind == PIPELINE_DUALPIPEV) planner_add_stage(&m, p, p->stages - 1 - rank);
+    planner_add_stage(&m, p, rank, rank);
+    if (two || p->s.kind == PIPELINE_DUALPIPEV) planner_add_stage(&m, p, rank, p->stages - 1 - rank);
     m.state += m.parameters * (8 + (in->bytes == 2 ? 2 : 0) + 8.0 / (in->D * (two ? 2 : 1)));
-    m.buffers += (links * (SENDS_PER_LINK + RECEIVES_AHEAD) + 2 * m.blocks + 1)
-               * (double)in->B * in->T * in->bytes * in->n * in->C;
+    m.buffers += (double)in->n * in->C * in->B * in->T * in->bytes;
     return m;
 }
 

@@ -10,9 +10,9 @@
 
 #include "options.h"
 
-// Sends a rank may have under way on a link, and receives it posts beyond those of its current action. With
-// one send a link it deadlocks, since long messages end only when they are received; with two never.
-enum { SENDS_PER_LINK = 3, RECEIVES_AHEAD = 4 };
+// Sends that may be under way, of a stage and kind, and receives posted beyond what is in use. With two sends
+// a link no schedule deadlocks, although long messages end only when they are received; with one some do.
+enum { SENDS_LEAVING = 2, RECEIVES_AHEAD = 1 };
 
 typedef enum {
     ACTION_F, ACTION_B, ACTION_I, ACTION_W,

@@ -101,7 +101,7 @@ static void test_memory(void) {
     check(m.parameters == 121300 + 105200 && m.state == m.parameters * (2 + 4 + 4 + 2) + 400000,
           "bf16: weights, masters, gradients, moments by four replicas");
     check(m.kept == 100 * (4 * (100 + 1802) + 100) && m.buffers == 100 * (1000 + (7 + 3) * 100),
-          "4 slots of stage 0, 1 of stage 3; one link of 3 sends and 4 receives, 3 streams at work");
+          "4 slots of stage 0, 1 of stage 3; 4 messages of one, 3 of the other, 3 streams at work");
     planner_close(&p);
 }
 
