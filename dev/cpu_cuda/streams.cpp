@@ -292,7 +292,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
     if (!exists(event)) return remember(cudaErrorInvalidResourceHandle);
     if (!event->recorded || event->recorded->done) return cudaSuccess;
     wait_for(event->recorded);
-    return cudaErrorNotReady;
+    return remember(cudaErrorNotReady);         // as CUDA does: cudaGetLastError shows it
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {

@@ -172,6 +172,8 @@ static void test_events(float* x, float* y) {
     CHECK(cudaEventSynchronize(event) == cudaSuccess);         // never recorded: nothing to wait for
     add_to(y, x, 1, 0);
     OK(cudaEventRecord(event));
+    while (cudaEventQuery(event) == cudaErrorNotReady) cudaGetLastError();      // which shows it too
+    CHECK(cudaEventQuery(event) == cudaSuccess && cudaGetLastError() == cudaSuccess);
     OK(cudaEventSynchronize(event));
     CHECK(cudaEventCreateWithFlags(&event, 77) == cudaErrorInvalidValue);
     CHECK(cudaEventRecord(NULL) == cudaErrorInvalidResourceHandle);
