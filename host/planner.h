@@ -17,8 +17,8 @@ typedef struct {
     const int* layers;          // (stages) blocks of each; NULL: the planner chooses
 } PlannerInput;
 
-enum { PLANNER_ACTIONS = 1 << 17, PLANNER_RANKS = 64 };     // of longer steps, a smaller one is simulated
-enum { PLANNER_SEARCH = 1 << 21 };      // simulated in search of the blocks of each stage
+enum { PLANNER_ACTIONS = 1 << 16, PLANNER_RANKS = 64 };     // of longer steps, a smaller one is simulated
+enum { PLANNER_SEARCH = 1 << 20 };      // simulated in search of the blocks of each stage
 enum { MLA_LATENT = 512, MLA_ROPE = 64, MLA_HEAD = 128 };
 
 // ------------------------------------------------------------------------------------------------

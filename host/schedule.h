@@ -10,8 +10,8 @@
 
 #include "options.h"
 
-// Sends that may be under way, of a stage and kind, and receives posted beyond what is in use. With two sends
-// a link no schedule deadlocks, although long messages end only when they are received; with one some do.
+// Sends that may be under way, of a stage and kind, and receives posted beyond what is in use. With 2 sends
+// a link no schedule deadlocks, although long messages end only when they are received; with 1 some do.
 enum { SENDS_LEAVING = 2, RECEIVES_AHEAD = 1 };
 
 typedef enum {

@@ -138,11 +138,11 @@ static void test_splits(void) {
         }
 }
 
-// 256 micro-batches on 128 ranks are just simulated, 257 estimated; messages take up to 8 times a stage's F.
+// 128 micro-batches on 128 ranks are just simulated, 129 estimated; messages take up to 8 times a stage's F.
 static void test_estimate(void) {
     static const double messages[] = {0, 0.25, 8};
     for (int kind = PIPELINE_1F1B; kind <= PIPELINE_DUALPIPE; kind++) {
-        PlannerInput in = small(kind, 128, 256), more = small(kind, 128, 257);
+        PlannerInput in = small(kind, 128, 128), more = small(kind, 128, 129);
         in.L = more.L = kind == PIPELINE_DUALPIPEV ? 256 : 128, in.V = more.V = 1;
         Planner p = planner_open(&in), q = planner_open(&more);
         for (int i = 0; i < 3; i++) {
