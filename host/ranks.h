@@ -1,10 +1,10 @@
 // ranks.h: what the ranks of a run agree on, and what those that hold the same parameters exchange.
 // Included by train_gpt_mhc.c where Run is known.
 //
-// World rank = replica * P + pipeline rank. A tensor may be held by several ranks: its replicas, in dualpipe
-// the mirror ranks, in 1f1b both ends for wte. Each of G holders updates one G-th of it (ZeRO-1): gradients
-// are summed there in the order of the ranks, updated parameters go back to all. Only the exchange of
-// messages is left to the transport, so a sum is the same whatever that is.
+// World rank = replica * P + pipeline rank. A tensor may be held by several ranks: its replicas, in dualpipe the
+// mirror ranks, in 1f1b both ends for wte. Those that hold the same stage update a piece of it each (ZeRO-1), wte's
+// first end alone for both: gradients are summed there in the order of the ranks, updated parameters go back to
+// all. Only the exchange of messages is left to the transport, so a sum is the same whatever that is.
 
 #ifndef HOST_RANKS_H
 #define HOST_RANKS_H
@@ -71,27 +71,33 @@ static bool rank_holds(const Pipe* p, int rank, const Tensor* t) {
     return false;
 }
 
-typedef struct { int count, mine; int* ranks; size_t piece; } Holders;     // mine: -1, not held here
+typedef struct {
+    int count, mine, *ranks;    // mine: -1, not held here
+    int stride;                 // holders 0, stride, .. update a piece each
+    size_t piece;
+} Holders;
 
 // World ranks that hold a tensor, ascending; the caller frees ranks.
 static Holders holders_of(const Pipe* p, const Tensor* t) {
-    Holders h = {0, -1, (int*)allocate((size_t)(p->P * p->D), sizeof(int)), 0};
+    Holders h = {0, -1, (int*)allocate((size_t)(p->P * p->D), sizeof(int)), 1, 0};
     for (int rank = 0; rank < p->P * p->D; rank++) {
         if (!rank_holds(p, rank % p->P, t)) continue;
         if (rank == p->transport->rank) h.mine = h.count;
         h.ranks[h.count++] = rank;
     }
-    h.piece = (tensor_size(t) + (size_t)h.count - 1) / (size_t)h.count;
+    if (p->schedule.kind == PIPELINE_1F1B) h.stride = h.count / p->D;
+    size_t pieces = (size_t)(h.count / h.stride);
+    h.piece = (tensor_size(t) + pieces - 1) / pieces;
     return h;
 }
 
 static size_t piece_first(const Holders* h, const Tensor* t, int holder) {
-    size_t first = (size_t)holder * h->piece;
+    size_t first = (size_t)(holder / h->stride) * h->piece;
     return first < tensor_size(t) ? first : tensor_size(t);
 }
 
 static size_t piece_size(const Holders* h, const Tensor* t, int holder) {
-    return piece_first(h, t, holder + 1) - piece_first(h, t, holder);
+    return holder % h->stride ? 0 : piece_first(h, t, holder + h->stride) - piece_first(h, t, holder);
 }
 
 // Deals out, among the holders of each tensor, what they update; moments exist for that alone.
