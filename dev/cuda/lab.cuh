@@ -373,8 +373,8 @@ static void print_time(const char* version, const char* shape, double bytes, con
 }
 #endif
 
-typedef void Part();
-static int lab(int argc, char** argv, Part* test, Part* profile, Part* time) {
+typedef void LabPart();
+static int lab(int argc, char** argv, LabPart* test, LabPart* profile, LabPart* time) {
     const char* what = argc > 1 ? argv[1] : "";
     if (argc > 2 || (*what && strcmp(what, "profile") != 0 && strcmp(what, "time") != 0)) {
         fprintf(stderr, "%s: found %s, expected profile, time or nothing\n", argv[0], what);

@@ -3,11 +3,16 @@
 // times as can be. The plain kernels of train_gpt_mhc.cu say what is computed; these agree with them to
 // rounding, and where they do not fit (fused_fits) those serve.
 //
-//     forward    write_project    y = res x + post f, fn y, 1 / rms(y), pre and post      9 C numbers a token
-//                sinkhorn_forward the mixing of the next write, meanwhile
-//                read_layernorm   LayerNorm(pre y)                                         5 C
+//     forward    write_project       y = res x + post f, fn y, 1 / rms(y), pre and post     9 C numbers a token
+//                sinkhorn_forward    the mixing of the next write, beside the sublayer
+//                read_layernorm      LayerNorm(pre y)                                       5 C
+//     back       sinkhorn_backward   dres, dpost to their logits, beside the sublayer
+//                read_backward       dpre, z = d(fn y), LayerNorm's sums                    5 C
+//                state_backward      dy, df, dres, dpost, gradients of fn and LayerNorm    15 C
+//                add_parts           the parameters' gradients from their parts
 //
-// Rounded to bf16, once each: y and LayerNorm(u) on the way forward. u = pre y never is, nor du.
+// Rounded to bf16, once each: y and LayerNorm(u) on the way forward, dy and df on the way back; u = pre y and du
+// never are. Products: fn in two parts of bf16, as z in the gradient of fn; of dy's fn^T z only the first parts.
 // Assumes C % 8 == 0 and tensors that begin at multiples of 16 bytes. No float atomics; any number of rows.
 
 enum { FUSED_N = 4, FUSED_COEFS = FUSED_N * FUSED_N + 2 * FUSED_N, FUSED_TOKENS = 128,
@@ -124,38 +129,48 @@ __device__ __forceinline__ void write_load(const FusedWrite& w, uint32_t stage, 
     }
 }
 
-// Mixes this thread's piece of each stream, in place and in memory; returns the sum of the squares of y.
-template <bool IDENTITY, bool WRITES>
-__device__ __forceinline__ float write_mix(const FusedWrite& w, unsigned char* stage, size_t row, int first,
-                                           const float (&res)[FUSED_N][FUSED_N], const float (&post)[FUSED_N]) {
-    int token = threadIdx.x / WRITE_PIECES, piece = threadIdx.x % WRITE_PIECES, ch = first + piece * 8;
-    Piece x[FUSED_N], f = {};
-    float squares = 0;
-#pragma unroll
-    for (int i = 0; i < FUSED_N; i++)
-        x[i] = *(const Piece*)(stage + piece_of_32(i * WRITE_TOKENS + token, piece));
-    if (WRITES) f = *(const Piece*)(stage + WriteTile<IDENTITY>::F + piece_of_32(token, piece));
+// A piece of each stream of x becomes that of y.
+template <bool IDENTITY>
+__device__ __forceinline__ void write_piece(Piece (&x)[FUSED_N], const Piece& f,
+                                            const float (&res)[FUSED_N][FUSED_N],
+                                            const float (&post)[FUSED_N]) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         float low[FUSED_N], high[FUSED_N];
 #pragma unroll
         for (int i = 0; i < FUSED_N; i++) low[i] = low_half(x[i].pair[e]), high[i] = high_half(x[i].pair[e]);
 #pragma unroll
-        for (int i = 0; i < FUSED_N; i++) {
-            uint32_t& y = x[i].pair[e];
-            if (WRITES)
-                y = pack_bf16(mixed<IDENTITY>(i, low, low_half(f.pair[e]), res, post),
-                              mixed<IDENTITY>(i, high, high_half(f.pair[e]), res, post));
-            squares = fmaf(low_half(y), low_half(y), squares);
-            squares = fmaf(high_half(y), high_half(y), squares);
-        }
+        for (int i = 0; i < FUSED_N; i++)
+            x[i].pair[e] = pack_bf16(mixed<IDENTITY>(i, low, low_half(f.pair[e]), res, post),
+                                     mixed<IDENTITY>(i, high, high_half(f.pair[e]), res, post));
     }
-    if (!WRITES) return squares;
+}
+
+// Mixes this thread's piece of each stream, in place and in memory; returns the sum of the squares of y.
+template <bool IDENTITY, bool WRITES>
+__device__ __forceinline__ float write_mix(const FusedWrite& w, unsigned char* stage, size_t row, int first,
+                                           const float (&res)[FUSED_N][FUSED_N],
+                                           const float (&post)[FUSED_N]) {
+    int token = threadIdx.x / WRITE_PIECES, piece = threadIdx.x % WRITE_PIECES, ch = first + piece * 8;
     bool present = row < (size_t)w.rows && ch < w.C;
+    Piece x[FUSED_N];
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < FUSED_N; i++)
+        x[i] = *(const Piece*)(stage + piece_of_32(i * WRITE_TOKENS + token, piece));
+    if (WRITES) {
+        Piece f = *(const Piece*)(stage + WriteTile<IDENTITY>::F + piece_of_32(token, piece));
+        write_piece<IDENTITY>(x, f, res, post);
+    }
 #pragma unroll
     for (int i = 0; i < FUSED_N; i++) {
-        *(Piece*)(stage + piece_of_32(i * WRITE_TOKENS + token, piece)) = x[i];
-        if (present) *(Piece*)(w.y + (row * FUSED_N + i) * w.C + ch) = x[i];
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            float y = half_of(x[i].pair[e / 2], e % 2);
+            squares = fmaf(y, y, squares);
+        }
+        if (WRITES) *(Piece*)(stage + piece_of_32(i * WRITE_TOKENS + token, piece)) = x[i];
+        if (WRITES && present) *(Piece*)(w.y + (row * FUSED_N + i) * w.C + ch) = x[i];
     }
     return squares;
 }
@@ -270,10 +285,9 @@ static __global__ void __launch_bounds__(WRITE_THREADS, 2) write_project_kernel(
 template <bool IDENTITY, bool WRITES, int STAGES>
 static void write_project_stages(const FusedWrite* w, cudaStream_t stream) {
     constexpr int SHARED = WriteTile<IDENTITY>::shared(STAGES);
-    CUDA(cudaFuncSetAttribute(write_project_kernel<IDENTITY, WRITES, STAGES>,
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-    write_project_kernel<IDENTITY, WRITES, STAGES>
-        <<<ceil_div(w->rows, WRITE_TOKENS), WRITE_THREADS, SHARED, stream>>>(*w);
+    auto write_project = write_project_kernel<IDENTITY, WRITES, STAGES>;
+    CUDA(cudaFuncSetAttribute(write_project, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
+    write_project<<<ceil_div(w->rows, WRITE_TOKENS), WRITE_THREADS, SHARED, stream>>>(*w);
     LAUNCHED();
 }
 template <bool IDENTITY>
@@ -289,6 +303,35 @@ static void fused_write_project_gpu(const FusedWrite* w, bool identity, int shar
     bool three = 2 * WriteTile<false>::shared(3) <= shared;
     if (identity) write_project_mode<true>(w, three, stream);
     else write_project_mode<false>(w, three, stream);
+}
+
+// --- the write alone, for the last state and for states that are computed again: the same bits
+
+template <bool IDENTITY> static __global__ void write_fused_kernel(FusedWrite w) {
+    int pieces = w.C / 8, row = blockIdx.x * WRITE_PIECES + threadIdx.y;
+    if (row >= w.rows) return;
+    float res[FUSED_N][FUSED_N] = {}, post[FUSED_N];
+    const float* coef = w.coef + (size_t)row * FUSED_COEFS;
+    load_4(post, coef + FUSED_N);
+#pragma unroll
+    for (int i = 0; i < FUSED_N && !IDENTITY; i++) load_4(res[i], coef + (2 + i) * FUSED_N);
+    for (int piece = threadIdx.x; piece < pieces; piece += blockDim.x) {
+        Piece x[FUSED_N], f = load_once(w.f + ((size_t)row * pieces + piece) * 8);
+        size_t at = ((size_t)row * FUSED_N * pieces + piece) * 8;
+#pragma unroll
+        for (int i = 0; i < FUSED_N; i++) x[i] = load_once(w.x + at + i * w.C);
+        write_piece<IDENTITY>(x, f, res, post);
+#pragma unroll
+        for (int i = 0; i < FUSED_N; i++) *(Piece*)(w.y + at + i * w.C) = x[i];
+    }
+}
+// y of w from its x, f and coef; nothing else is touched
+static void fused_write_gpu(const FusedWrite* w, bool identity, cudaStream_t stream) {
+    dim3 threads(WRITE_THREADS / WRITE_PIECES, WRITE_PIECES);   // a row a line
+    int blocks = ceil_div(w->rows, WRITE_PIECES);
+    if (identity) write_fused_kernel<true><<<blocks, threads, 0, stream>>>(*w);
+    else write_fused_kernel<false><<<blocks, threads, 0, stream>>>(*w);
+    LAUNCHED();
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -429,7 +472,7 @@ static __global__ void __launch_bounds__(READ_WARPS* WARP)
     int lane = threadIdx.x % WARP;
     long long row = rows - 1 - ((long long)blockIdx.x * READ_WARPS + threadIdx.x / WARP);
     if (row < 0) return;                        // the whole warp
-    float pre[FUSED_N], u[V][8], mean = 0, variance = 0;
+    float pre[FUSED_N], u[V][8], each = 1.0f / C, mean = 0, variance = 0;
     load_4(pre, coef + row * FUSED_COEFS);
     y += row * FUSED_N * C, ln += row * C;
 #pragma unroll
@@ -447,7 +490,7 @@ static __global__ void __launch_bounds__(READ_WARPS* WARP)
             mean += u[v][e];
         }
     }
-    mean = warp_sum(mean) / C;
+    mean = warp_sum(mean) * each;
 #pragma unroll
     for (int v = 0; v < V; v++)
 #pragma unroll
@@ -455,7 +498,7 @@ static __global__ void __launch_bounds__(READ_WARPS* WARP)
             u[v][e] -= mean;
             if ((v * WARP + lane) * 8 < C) variance = fmaf(u[v][e], u[v][e], variance);
         }
-    float rstd = 1 / sqrtf(warp_sum(variance) / C + 1e-5f);
+    float rstd = 1 / sqrtf(warp_sum(variance) * each + 1e-5f);
 #pragma unroll
     for (int v = 0; v < V; v++) {
         int ch = (v * WARP + lane) * 8;
@@ -565,13 +608,13 @@ static __global__ void __launch_bounds__(READ_WARPS* WARP) read_backward_fused_k
     __shared__ float terms[2][READ_WARPS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = lane < 2 * FUSED_N ? lane / FUSED_N : 2;
     size_t first = (size_t)blockIdx.x * READ_BACKWARD_ROWS, last = min(first + READ_BACKWARD_ROWS, (size_t)b.rows);
-    float factor = lane < M ? b.scale[group] : 0, dbase = 0, dscale = 0;
+    float factor = lane < M ? b.scale[group] : 0, each = 1.0f / b.C, dbase = 0, dscale = 0;
     for (size_t row = first + warp; row < last; row += READ_WARPS) {
         float pre[FUSED_N], mean = b.stats[row * 2], rstd = b.stats[row * 2 + 1], shift = -mean * rstd;
         load_4(pre, b.coef + row * FUSED_COEFS);
         float total = read_sums(b, row, pre, rstd, shift), d = 0, mix = 0;
-        float sum = __shfl_sync(ALL_LANES, total, 2 * SUM_G) / b.C;
-        float along = __shfl_sync(ALL_LANES, total, 2 * SUM_GX) / b.C;
+        float sum = __shfl_sync(ALL_LANES, total, 2 * SUM_G) * each;
+        float along = __shfl_sync(ALL_LANES, total, 2 * SUM_GX) * each;
         int i = lane % FUSED_N;
         float yg = __shfl_sync(ALL_LANES, total, 2 * (SUM_YG + i)), y = __shfl_sync(ALL_LANES, total, 2 * (SUM_Y + i));
         float yx = __shfl_sync(ALL_LANES, total, 2 * (SUM_YX + i));
@@ -581,7 +624,7 @@ static __global__ void __launch_bounds__(READ_WARPS* WARP) read_backward_fused_k
         } else if (lane < M) d = b.dlogit[row * (M - FUSED_N) + lane - FUSED_N];
         if (lane < M) mix = b.mix[row * M + lane];
         float norm = b.rnorm[row], dmix = factor * d, z = dmix * norm;
-        float shrink = warp_sum(dmix * mix) * (norm * norm / (FUSED_N * b.C));
+        float shrink = warp_sum(dmix * mix) * (norm * norm * each / FUSED_N);
         dbase += d;
         dscale = fmaf(d, mix, dscale);
         floatX high = from_float<floatX>(z);
@@ -650,6 +693,7 @@ template <bool IDENTITY, int SLAB> struct StateTile {           // bytes; a stag
     static constexpr int FN = FUSED_N * OUTS * SLAB * 2, DCOEF = WARPS * STATE_TOKENS * LINES * FUSED_N * 4;
     static constexpr int shared(int stages) { return stages * STAGE + FN + DCOEF; }
     static_assert(THREADS == STATE_TOKENS * PIECES, "a thread has a piece of each stream of a token");
+    static_assert(THREADS >= STATE_TOKENS * (Z_LINE / 16 + 2), "and at most one of each line of coefficients");
 };
 
 // Where a piece lies in rows of SLAB channels: one piece of each of 8 rows is all 32 banks.
@@ -669,14 +713,10 @@ template <int SLAB> __device__ __forceinline__ uint32_t fragment_at(uint32_t til
 __device__ __forceinline__ int line_piece(int line, int token, int p) {
     return token * line + ((p ^ (token >> 2 & 1)) * 16);
 }
-// The first pieces of lines of LINE bytes, one a token
-template <int THREADS, int LINE, int PIECES>
-__device__ __forceinline__ void copy_lines(uint32_t to, const void* from, size_t first, int rows) {
-    for (int e = threadIdx.x; e < STATE_TOKENS * PIECES; e += THREADS) {
-        int token = e / PIECES, p = e % PIECES;
-        cp_async_16(to + line_piece(LINE, token, p), (const char*)from + (first + token) * LINE + p * 16,
-                    first + token < (size_t)rows);
-    }
+__device__ __forceinline__ void copy_line_piece(uint32_t to, const void* from, int line, int token, int p,
+                                                size_t first, int rows) {
+    cp_async_16(to + line_piece(line, token, p), (const char*)from + (first + token) * line + p * 16,
+                first + token < (size_t)rows);
 }
 
 template <bool IDENTITY, bool FIRST, int SLAB>
@@ -694,11 +734,14 @@ __device__ __forceinline__ void state_load(const FusedStateBackward& b, uint32_t
     }
     if (!FIRST) cp_async_16(stage + Tile::F + piece_of<SLAB>(token, piece), b.f + row * b.C + ch, present);
     cp_async_16(stage + Tile::DLN + piece_of<SLAB>(token, piece), b.dln + row * b.C + ch, present);
-    constexpr int LINE = Tile::COEF_LINE, PIECES = IDENTITY ? 2 : LINE / 16;
-    if (!FIRST) copy_lines<Tile::THREADS, LINE, PIECES>(stage + Tile::BEFORE, b.before, first, b.rows);
-    copy_lines<Tile::THREADS, LINE, PIECES>(stage + Tile::COEF, b.coef, first, b.rows);
-    copy_lines<Tile::THREADS, Tile::TOKEN_LINE, Tile::TOKEN_LINE / 16>(stage + Tile::TOKEN, b.token, first, b.rows);
-    copy_lines<Tile::THREADS, Tile::Z_LINE, Tile::Z_LINE / 16>(stage + Tile::Z, b.z, first, b.rows);
+    constexpr int LINE = Tile::COEF_LINE, PIECES = Tile::Z_LINE / 16;           // in ihc res is not wanted
+    int e = threadIdx.x, of = e / PIECES, p = e % PIECES, rest = e - STATE_TOKENS * PIECES;
+    if (rest < 0) {
+        if (!FIRST) copy_line_piece(stage + Tile::BEFORE, b.before, LINE, of, p, first, b.rows);
+        copy_line_piece(stage + Tile::COEF, b.coef, LINE, of, p, first, b.rows);
+        copy_line_piece(stage + Tile::Z, b.z, Tile::Z_LINE, of, p, first, b.rows);
+    } else if (rest < STATE_TOKENS * 2)
+        copy_line_piece(stage + Tile::TOKEN, b.token, Tile::TOKEN_LINE, rest / 2, rest % 2, first, b.rows);
 }
 
 // The block's slab of the rounded part of fn, rows (stream, output)
@@ -1021,10 +1064,9 @@ template <bool IDENTITY, bool FIRST, int SLAB, int STAGES>
 static void state_backward_stages(const FusedStateBackward* b, cudaStream_t stream) {
     typedef StateTile<IDENTITY, SLAB> Tile;
     constexpr int SHARED = Tile::shared(STAGES);
-    CUDA(cudaFuncSetAttribute(state_backward_fused_kernel<IDENTITY, FIRST, SLAB, STAGES>,
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
-    state_backward_fused_kernel<IDENTITY, FIRST, SLAB, STAGES>
-        <<<ceil_div(b->C, SLAB) * b->sets, Tile::THREADS, SHARED, stream>>>(*b);
+    auto state_backward = state_backward_fused_kernel<IDENTITY, FIRST, SLAB, STAGES>;
+    CUDA(cudaFuncSetAttribute(state_backward, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED));
+    state_backward<<<ceil_div(b->C, SLAB) * b->sets, Tile::THREADS, SHARED, stream>>>(*b);
     LAUNCHED();
 }
 template <bool IDENTITY, bool FIRST, int SLAB>

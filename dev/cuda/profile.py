@@ -11,10 +11,14 @@ import subprocess
 import sys
 
 LIMITS = {  # kernel: bytes, sectors, passes. Beyond the floor are coefficients: some 200 numbers a token beside 5 C or more.
-    'write_project_kernel': (1.05, 1.01, 1.0),
+    'write_project': (1.05, 1.01, 1.0),
+    'write_fused_kernel': (1.05, 1.01, 1.0),
     'read_layernorm_fused_kernel': (1.05, 1.0, 1.0),
     'sinkhorn_forward_kernel': (1.0, 1.0, 1.0),
     'sinkhorn_backward_kernel': (1.0, 1.05, 1.0),
+    'read_backward_fused_kernel': (1.05, 1.0, 1.0),
+    'state_backward': (1.04, 1.0, 1.0),
+    'add_parts_kernel': (1.01, 1.0, 1.0),
 }
 
 

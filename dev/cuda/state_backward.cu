@@ -280,7 +280,7 @@ static void profile() {
     print_floor("naive_state_kernel", 2.0 * 13 * p.C * p.rows, fn);
     print_floor("naive_write_backward_kernel", 2.0 * 10 * p.C * p.rows, 0);
     print_floor("naive_sums_kernel", 2.0 * 5 * p.C * p.rows, parts / SETS);
-    print_floor("state_backward_fused_kernel", floor_bytes(p), fn + 2.0 * p.C + parts);
+    print_floor("state_backward", floor_bytes(p), fn + 2.0 * p.C + parts);
     print_floor("add_parts_kernel", parts, 8.0 * (p.M * N + 2) * p.C);
 }
 

@@ -118,7 +118,27 @@ static void check(const char* version, Tensors& t, Point& p, bool writes, bool c
     compare(label, "coefficients", found, expected, FP32_TOLERANCE);
 }
 
+static void test_fits() {
+    Point p({RESIDUAL_MHC, 8, 1, 20});
+    Config c = p.c;
+    CHECK(fused_fits(&c), "mhc with four streams and 8 channels");
+    auto fits = [&](auto change) {
+        Config other = p.c;
+        change(other);
+        return fused_fits(&other);
+    };
+    CHECK(fits([](Config& c) { c.residual = RESIDUAL_IHC, c.maps = 3; }), "ihc");
+    CHECK(!fits([](Config& c) { c.residual = RESIDUAL_HC; }), "hc");
+    CHECK(!fits([](Config& c) { c.n = 2; }), "two streams");
+    CHECK(!fits([](Config& c) { c.C = 12; }), "12 channels");
+    CHECK(!fits([](Config& c) { c.C = 2568; }), "2568 channels");
+    CHECK(!fits([](Config& c) { c.maps = 6; }), "no read");
+    CHECK(!fits([](Config& c) { c.order = ORDER_RC; }), "rows first");
+    CHECK(!fits([](Config& c) { c.is_static = true; }), "static");
+}
+
 static void test() {
+    test_fits();
     int h100 = 227 << 10, a100 = 163 << 10;
     for (const Case& c : {Case{RESIDUAL_MHC, 64, 37, 20}, Case{RESIDUAL_MHC, 8, 1, 20},
                           Case{RESIDUAL_MHC, 104, 130, 20}, Case{RESIDUAL_MHC, 200, 64, 20},
@@ -146,6 +166,9 @@ static void test() {
             first = all;
         }
         t.clear();
+        fused_write_gpu(&t.w, p.identity(), 0);
+        first.resize(t.y.count);
+        CHECK(t.y.get() == first, "%s: the write alone gives another y", p.name);
         t.y.put(p.x);
         t.w.f = NULL;
         fused(t, p, shared_limit());
@@ -166,7 +189,9 @@ static void profile() {
     print_floor("naive_write_kernel", floor_bytes(p), 0);
     print_floor("naive_project_kernel", 2.0 * 4 * p.C * p.rows, once);
     print_floor("warp_write_project_kernel", floor_bytes(p), once);
-    print_floor("write_project_kernel", floor_bytes(p), once);
+    fused_write_gpu(&t.w, false, 0);
+    print_floor("write_project", floor_bytes(p), once);
+    print_floor("write_fused_kernel", floor_bytes(p), 0);
 }
 
 static void time_all() {
