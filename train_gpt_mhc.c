@@ -22,6 +22,7 @@
 #include "host/common.h"
 #include "host/options.h"
 #include "host/plan.h"
+#include "host/planner.h"
 #include "host/rundir.h"
 #include "host/schedule.h"
 #include "host/spikes.h"
@@ -1726,8 +1727,8 @@ typedef struct {                // a stage that is here
     int x_most, dy_most;
 } Part;
 
-enum { MAX_PARTS = 2, WIRES_LEAVING = 2, WIRES_AHEAD = 1 };    // of each kind and part
-static_assert(WIRES_LEAVING >= 2,
+enum { MAX_PARTS = 2 };
+static_assert(SENDS_LEAVING >= 2,
               "with one send under way a link deadlocks: long messages end when received");
 
 typedef struct Run Run;
@@ -1817,7 +1818,8 @@ static void machine_load(Run* run);                 // the run's parameters and 
 // A piece of what belongs to a tensor that is here, to the host and back. Of moments, first counts from the
 // piece.
 typedef enum { NUMBERS_PARAMS, NUMBERS_GRADS, NUMBERS_ADAM_M, NUMBERS_ADAM_V } NumberKind;
-static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, real* numbers);
+static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count,
+                         real* numbers);
 static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count,
                           const real* numbers);
 static void machine_zero_gradients(Run* run);
@@ -1942,7 +1944,8 @@ static real* numbers_at(Run* run, NumberKind what, const Tensor* t, size_t first
     return NULL;
 }
 
-static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, real* numbers) {
+static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count,
+                         real* numbers) {
     memcpy(numbers, numbers_at(run, what, t, first), sizeof(real) * count);
 }
 
@@ -2044,13 +2047,13 @@ static int part_wires(Part* c, const ActionList* list, int rank) {
          whole = c->before < 0 && c->after < 0;
     c->x_most = c->before < 0 ? 0
                 : local_before ? most_between(list, true, c->index - 1, c->index)
-                               : c->slots + WIRES_AHEAD;
+                               : c->slots + RECEIVES_AHEAD;
     c->dy_most = whole ? 0
                  : c->after < 0 ? 1
                  : local_after ? most_between(list, false, c->index + 1, c->index)
-                               : 1 + WIRES_AHEAD;
-    return c->x_most + c->dy_most + (c->after >= 0 && !local_after ? WIRES_LEAVING : 0) +
-           (c->before >= 0 && !local_before ? WIRES_LEAVING : 0);
+                               : 1 + RECEIVES_AHEAD;
+    return c->x_most + c->dy_most + (c->after >= 0 && !local_after ? SENDS_LEAVING : 0) +
+           (c->before >= 0 && !local_before ? SENDS_LEAVING : 0);
 }
 
 static void open_part(Run* run, int index, int direction) {
@@ -2213,8 +2216,8 @@ static bool action_ready(Pipe* p, const Action* a) {
     const Part* c = part_at(p, a->stage, a->direction);
     if (a->kind == ACTION_W) return true;
     if (a->kind == ACTION_F)
-        return (c->before < 0 || is_here(c->x[a->micro])) && c->y_leaving < WIRES_LEAVING;
-    return (c->after < 0 || is_here(c->dy[a->micro])) && c->dx_leaving < WIRES_LEAVING;
+        return (c->before < 0 || is_here(c->x[a->micro])) && c->y_leaving < SENDS_LEAVING;
+    return (c->after < 0 || is_here(c->dy[a->micro])) && c->dx_leaving < SENDS_LEAVING;
 }
 
 // For whom a rank waits that cannot go on
@@ -2270,7 +2273,7 @@ static void run_action(Run* run, const Action* a) {
     if (a->kind == ACTION_F) run_forward(run, c, a);
     else if (a->kind == ACTION_W) machine_backward_weights(run, c, (int)a->micro);
     else run_backward(run, c, a);
-    trace_add(&run->pipe.trace, a, start, seconds());
+    if (!run->pipe.forward_only) trace_add(&run->pipe.trace, a, run->step + 1, start, seconds());
     transport_progressed(run->pipe.transport);
 }
 
@@ -2349,6 +2352,7 @@ typedef struct {                // what one update saw
 
 #include "host/generate.h"
 #include "host/ranks.h"
+#include "host/timeline.h"
 
 // The first tensor in table order with a number that is not finite, whichever rank holds it; or NULL
 static const Tensor* first_nonfinite_anywhere(Run* run, bool gradients) {

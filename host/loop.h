@@ -30,7 +30,7 @@ static int stop_on_nonfinite(Run* run, const StepReport* r, double mean_seconds)
     return stop_run(run, r->culprit, STATUS_NONFINITE);
 }
 
-static int train(Run* run, int argc, char** argv) {
+static int train_steps(Run* run, int argc, char** argv) {
     Error e;
     StepReport r;
     double mean_seconds = 0;
@@ -54,6 +54,15 @@ static int train(Run* run, int argc, char** argv) {
     return status;
 }
 
+static int train(Run* run, int argc, char** argv) {
+    Error e;
+    if (run->o.trace[0]) timeline_open(run);
+    int status = train_steps(run, argc, argv);
+    if (!run->o.trace[0] || timeline_close(run, &e)) return status;
+    if (is_leader(run)) fprintf(stderr, "%s\n", e.text);
+    return status == STATUS_DONE ? STATUS_SAVE_FAILED : status;
+}
+
 static int run_training(Run* run, int argc, char** argv) {
     Error e;
     char path[RUNDIR_PATH];
@@ -65,6 +74,7 @@ static int run_training(Run* run, int argc, char** argv) {
     run->peak = machine_peak(run);
     print_model(run);
     machine_print_plan(run);
+    if (run->pipe.P > 1) print_pipeline(run);
     if (!run->has_val)
         printf("no validation: the shards of --data are all trained on, name others with --val-data\n");
     log_run(run);
@@ -74,9 +84,11 @@ static int run_training(Run* run, int argc, char** argv) {
 static int run_mode(Run* run, int argc, char** argv) {
     Error e;
     double loss;
+    if (run->o.plan && !is_leader(run)) return STATUS_DONE;
     if (run->o.plan) {
         print_model(run);
         machine_print_plan(run);
+        if (run->pipe.schedule.kind != PIPELINE_NONE) print_pipeline(run);
         return STATUS_DONE;
     }
     if (run->o.generate[0]) return run_generation(run);
@@ -118,6 +130,7 @@ static int run_rank(Run* run, Transport* transport, int argc, char** argv) {
         if (is_leader(run)) die("%s", e.text);
         exit(STATUS_USAGE);
     }
+    if (run->o.plan && is_leader(run) && print_paper_plan(run)) return output_written();
     open_run_everywhere(run);
     int status = run_mode(run, argc, argv);
     close_run(run);

@@ -95,7 +95,7 @@ typedef struct {
      standard, limits, help}
 
 static const OptionRow option_rows[] = {
-    ROW(MODEL, MODEL, "model", model, "tiny", "tiny|dL|gpt2|gpt2-medium|gpt2-large|gpt2-xl",
+    ROW(MODEL, MODEL, "model", model, "tiny", "tiny|dL|gpt2|gpt2-medium|gpt2-large|gpt2-xl, for plans paper-3b|paper-9b|paper-27b",
         "shape of the model; dL, as in d12: L layers, width 64 L, L heads, seq 1024"),
     ROW(MODEL, COUNT, "layers", layers, "", "1 to 10000", "transformer blocks, two sublayers each"),
     ROW(MODEL, COUNT, "width", width, "", "1 to 1000000", "channels of one stream"),
@@ -213,6 +213,9 @@ static const ModelShape model_shapes[] = {
     {"gpt2-medium", 24, 1024, 16, 1024},
     {"gpt2-large",  36, 1280, 20, 1024},
     {"gpt2-xl",     48, 1600, 25, 1024},
+    {"paper-3b",    12, 1280, 16, 4096},      // with experts: these are for plans
+    {"paper-9b",    18, 1920, 24, 4096},
+    {"paper-27b",   30, 2560, 32, 4096},
 };
 
 // False for a name that is neither in the table nor d1 .. d999.
@@ -635,6 +638,8 @@ static inline bool options_check(const Options* o, Error* e) {
     if (o->width % o->heads)
         return fail(e, "--heads: found %ld, expected a divisor of the width, %ld, change --heads or --width",
                     o->heads, o->width);
+    if (!strncmp(o->model, "paper-", 6) && !o->plan)
+        return fail(e, "--model: found %s, expected it with --plan: its experts can only be planned", o->model);
     if (o->resume && o->overwrite)
         return fail(e, "--resume: found --overwrite too, expected one of them, remove the other");
     if ((o->generate[0] != 0) + o->eval + (o->dump[0] != 0) > 1)

@@ -123,7 +123,7 @@ static bool open_source(Run* run, SafeFile* f, bool* resume, Error* e) {
             return fail(e,
                         "%s: found no checkpoint, expected one, train first or name a file with --init-from",
                         o->out);
-        printf("no checkpoint in %s: starting at step 0\n", o->out);
+        if (is_leader(run)) printf("no checkpoint in %s: starting at step 0\n", o->out);
     }
     return o->init_from[0] && safetensors_open(f, o->init_from, e);
 }
@@ -182,6 +182,47 @@ static bool parse_layers(Pipe* p, const char* text, int L, Error* e) {
                 text, p->stage_count, L);
 }
 
+// What the planner needs to know of a run whose schedule is known; layers of the stages are not yet
+static PlannerInput planner_input(const Run* run) {
+    const double assumed = 100;          // for relative times, where nobody said better
+    const Options* o = &run->o;
+    const Config* c = &run->c;
+    PlannerInput in;
+    memset(&in, 0, sizeof in);
+    in.kind = o->pipeline, in.P = run->pipe.P, in.M = (int)o->micro_batches, in.D = run->pipe.D;
+    in.L = c->L, in.C = c->C, in.heads = c->NH, in.T = c->T, in.V = c->V, in.B = (int)o->batch;
+    in.n = has_connections(c) ? c->n : 1;
+    in.bytes = (int)machine_value_bytes();
+    in.link_gbs = o->link_gbs;
+    in.tflops = o->tflops > 0 ? o->tflops : run->peak > 0 ? run->peak / 1e12 : assumed;
+    in.efficiency = 0.4;
+    return in;
+}
+
+// The pipeline as the planner sees it
+static void print_pipeline(const Run* run) {
+    const Pipe* p = &run->pipe;
+    PlannerInput in = planner_input(run);
+    int* layers = (int*)allocate((size_t)p->stage_count, sizeof(int));
+    for (int s = 0; s < p->stage_count; s++) layers[s] = p->first_block[s + 1] - p->first_block[s];
+    in.layers = layers;
+    planner_print(stdout, &in);
+    free(layers);
+}
+
+// A plan for a model that can only be planned; false if the option names another.
+static bool print_paper_plan(const Run* run) {
+    PlannerInput in;
+    memset(&in, 0, sizeof in);
+    const Options* o = &run->o;
+    if (!planner_preset(o->model, &in)) return false;
+    in.kind = o->pipeline, in.P = o->ranks ? (int)o->ranks : 1, in.M = (int)o->micro_batches, in.D = 1;
+    in.B = (int)o->batch, in.bytes = 2, in.link_gbs = o->link_gbs, in.efficiency = 0.4;
+    in.tflops = o->tflops > 0 ? o->tflops : 312;        // A100
+    planner_print(stdout, &in);
+    return true;
+}
+
 // The ranks of a pipeline, and the blocks of each stage
 static bool place_stages(Run* run, Error* e) {
     const Options* o = &run->o;
@@ -190,7 +231,9 @@ static bool place_stages(Run* run, Error* e) {
     p->P = o->pipeline == PIPELINE_NONE && !o->ranks ? 1 : o->ranks ? (int)o->ranks : size;
     Schedule schedule = {o->pipeline, p->P, (int)o->micro_batches};
     if (!schedule_fits(&schedule, e)) return false;
-    if (size % p->P)
+    if (o->batch == BATCH_AUTO && size > 1)
+        return fail(e, "--batch: found auto on %d ranks, expected a number, as in --batch 8", size);
+    if (size % p->P && !o->plan)
         return fail(e,
                     "--ranks: found %d processes, expected a multiple of the pipeline's %d ranks, change -np",
                     size, p->P);
@@ -198,14 +241,17 @@ static bool place_stages(Run* run, Error* e) {
         return fail(e, "--%s: found %d ranks, expected 1, start it without mpirun",
                     o->dump[0] ? "dump" : "generate", size);
     p->schedule = schedule;
-    p->D = size / p->P;
+    p->D = o->plan ? 1 : size / p->P;
     p->rank = p->transport->rank % p->P;
     p->replica = p->transport->rank / p->P;
     p->stage_count = schedule_stages(&schedule);
     p->first_block = (int*)allocate((size_t)p->stage_count + 1, sizeof(int));
     if (o->pp_layers[0]) return parse_layers(p, o->pp_layers, run->c.L, e);
-    for (int s = 0; s <= p->stage_count; s++)
-        p->first_block[s] = (int)((long)run->c.L * s / p->stage_count);
+    PlannerInput in = planner_input(run);
+    int* layers = (int*)allocate((size_t)p->stage_count, sizeof(int));
+    planner_layers(&in, layers);
+    for (int s = 0; s < p->stage_count; s++) p->first_block[s + 1] = p->first_block[s] + layers[s];
+    free(layers);
     return true;
 }
 
