@@ -19,10 +19,10 @@ for arm in fig.arms:
     norms = np.array([runs[arm, seed].column("grad_norm")[:length] for seed in fig.seeds])
     clipped = np.minimum(norms, clip) if clip > 0 else norms
     steps = np.arange(1, length + 1)
-    for axis, values in ((before, norms), (after, clipped)):
-        band(axis, steps, np.median(values, 0), values.min(0), values.max(0), arm, linewidth=1)
-    often = smooth((norms > clip).mean(0) if clip > 0 else np.zeros(length), window)
-    share.plot(steps[: len(often)] + (window - 1) / 2, 100 * often, **style(arm))
+    band(before, steps, np.median(norms, 0), norms.min(0), norms.max(0), arm, linewidth=1)
+    middles = np.arange(length - window + 1) + (window + 1) / 2
+    after.plot(middles, smooth(clipped.mean(0), window), **style(arm))
+    share.plot(middles, 100 * smooth((norms > clip).mean(0) if clip > 0 else 0 * steps, window), **style(arm))
     later = norms[:, warmup:]
     fig.say(f"{name_of(arm)}: after the warm-up the largest norm is {later.max():.3g}, the median "
             f"{np.median(later):.3g}; clipped {100 * np.mean(later > clip):.1f} % of the steps (seeds: "
@@ -32,8 +32,8 @@ for arm in fig.arms:
 for axis in (before, after):
     axis.set(xlabel="step", ylabel="norm of the gradient")
 before.set(yscale="log", title="before clipping, median of the seeds")
-after.set(title="after clipping")
-share.set(xlabel="step", ylabel="% of the steps", title=f"how often it is clipped, {window} steps")
+after.set(title=f"after it, mean of {window} steps")
+share.set(xlabel="step", ylabel="% of the steps", title="how often it is clipped")
 before.legend()
 fig.table(["arm", "step", "norm_median", "norm_min", "norm_max", "clipped_norm_median", "share_clipped"],
           [[arm, s, *map(float, values)] for arm, s, *values in rows])

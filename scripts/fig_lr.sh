@@ -37,7 +37,8 @@ for arm in fig.arms:
     end = "" if low and high else ", which the grid ends"
     fig.say(f"{name_of(arm)}: best {losses[best]:.4f} at {fig.rates[best]:g}; usable from {first:.2g} to "
             f"{last:.2g}, a factor of {'' if low and high else 'at least '}{last / first:.1f}{end}")
-axis.set(xscale="log", xlabel="peak learning rate", ylabel=f"validation loss, {fig.unit}")
+fixed_ticks(axis, fig.rates)
+axis.set(xlabel="peak learning rate", ylabel=f"validation loss, {fig.unit}")
 axis.legend()
 fig.table(["setting", "arm", "lr", "seed", "val_loss"],
           [[fig.setting(), arm, rate, seed, run.val] for (arm, rate, seed), run in runs.items()])

@@ -247,10 +247,10 @@ def band(axis, x, middle, low, high, arm, **more):
     axis.fill_between(x, low, high, color=STYLE[arm][1], alpha=0.15, linewidth=0)
 
 
-def fixed_ticks(axis, values, words=None):
+def fixed_ticks(axis, values):
     """Ticks of a logarithmic x axis at these values alone"""
     axis.set(xscale="log")
-    axis.set_xticks(values, words or list(map(str, values)))
+    axis.set_xticks(values, list(map(text_of, values)))
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
@@ -419,7 +419,7 @@ class Figure:
         devices = {run.lines("run")[-1]["device"] for run in self.runs.values()}
         seeds = f"seed{'s' * (len(self.seeds) > 1)} {text_of(self.seeds)}"
         words = [self.setting(), about, seeds, *sorted(devices)] if self.runs else [about]
-        line = textwrap.fill("; ".join(word for word in words if word), 150)
+        line = textwrap.fill("; ".join(word for word in words if word), 170)
         self.picture.supxlabel(line, x=0.01, ha="left", fontsize=8, color=SOFT)
         return axes
 
