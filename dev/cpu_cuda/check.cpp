@@ -62,9 +62,7 @@ Page** const pages = (Page**)mmap(nullptr, sizeof(Page*) << 35, PROT_READ | PROT
 
 Page* page_of(uintptr_t address) { return pages[address / PAGE]; }
 
-bool is_shared(uintptr_t address) {
-    return address - (uintptr_t)current->block->shared < current->block->shared_size;
-}
+bool is_shared(uintptr_t address) { return address - (uintptr_t)current->block->shared < SHARED_ARENA; }
 
 // ------------------------------------------------------------------------------------------------
 // Who knows what
@@ -158,10 +156,10 @@ void pass_on(const Event& e) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Where in the program: a return address's offset, or with the top bit an index into `places`
+// Reports
 
 extern "C" char __executable_start, _end;
-constexpr uint32_t PLACE = 1u << 31;
+constexpr uint32_t PLACE = 1u << 31;    // with this bit it is an index into `places`, else a return address's offset
 std::vector<Place> places;
 
 uint32_t where_of(const void* return_address) {
@@ -178,12 +176,8 @@ uint32_t where_of(Place place) {
 Place place_of(uint32_t where) {
     if (where & PLACE) return places[where & ~PLACE];
     void* call = &__executable_start + where - 1;
-    Place found = user_line(&call, 1);
-    return found.file ? found : Place{"unknown", 0};
+    return user_line(&call, 1);
 }
-
-// ------------------------------------------------------------------------------------------------
-// Reports
 
 const char* verb_of(const Event& e) { return !e.writes ? "reads" : e.reads ? "updates" : "writes"; }
 
@@ -295,7 +289,7 @@ void launch_begins(const Launch& launch) {
 }
 
 void block_begins(Block* b) {
-    if (!page_of((uintptr_t)b->shared)) watch(b->shared, b->shared_size, OUTSIDE);
+    if (!page_of((uintptr_t)b->shared)) watch(b->shared, SHARED_ARENA, OUTSIDE);
     b->checks = std::make_shared<ThreadStates>(b->threads, ThreadState{std::make_shared<Clock>(), true});
 }
 

@@ -36,7 +36,6 @@ __thread Thread* current;
 
 constexpr size_t PAGE = 4096, STACK = address_sanitizer ? 256 << 10 : 64 << 10, STRIDE = STACK + PAGE;
 constexpr size_t MOST_STACKS = 32000;           // each costs the kernel two of its 65530 mappings
-constexpr size_t ARENA = 512 << 10;             // shared memory of a block, with room for gaps
 constexpr size_t STATIC_LIMIT = 48 << 10, SHARED_LIMIT = 227 << 10;
 constexpr size_t SHARED_BASE = 1024;            // the 32-bit address of its first byte, so that 0 is none
 constexpr unsigned PATIENCE = 8000000;          // spins after which a worker no longer counts as busy
@@ -109,7 +108,9 @@ std::recursive_mutex& runtime_lock() {
 // ------------------------------------------------------------------------------------------------
 // Reports
 
-std::string text_of(Place place) { return std::string(place.file) + ":" + std::to_string(place.line); }
+std::string text_of(Place place) {
+    return place.file ? std::string(place.file) + ":" + std::to_string(place.line) : "an unknown line";
+}
 
 std::string text_of(uint3 i) {
     return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
@@ -124,7 +125,7 @@ std::string text_of(uint3 i) {
     if (current) text += ", block " + text_of(current->block->index) + ", thread " + text_of(current->index);
     fflush(stdout);
     fprintf(stderr, "cpu_cuda: %s\n", text.c_str());
-    _exit(STATUS_REPORT);
+    _exit(66);
 }
 
 void stop(Place here, const char* format, ...) {
@@ -534,7 +535,7 @@ static void prepare(Worker* w, size_t resident) {
     w->threads.assign(block_threads * resident, Thread());
     w->warps.assign(block_warps * resident, Warp());
     w->blocks.assign(resident, Block());
-    while (w->arenas.size() < resident) w->arenas.push_back((char*)aligned_alloc(PAGE, ARENA));
+    while (w->arenas.size() < resident) w->arenas.push_back((char*)aligned_alloc(PAGE, SHARED_ARENA));
     for (size_t i = 0; i < w->threads.size(); i++) {
         Thread* t = &w->threads[i];
         t->number = (unsigned)(i % block_threads);
@@ -553,7 +554,6 @@ static void begin_block(Worker* w, size_t slot, size_t number) {
     block->threads = block->live = (unsigned)block_threads;
     block->warps = &w->warps[slot * block_warps];
     block->shared = w->arenas[slot];
-    block->shared_size = ARENA;
     block->shared_used = 0;
     block->variables.clear();
     block->copies.clear();
@@ -563,7 +563,7 @@ static void begin_block(Worker* w, size_t slot, size_t number) {
         warp->live = warp->ready = lanes >= WARP ? ~0u : (1u << lanes) - 1;
         warp->turn = w->order == REVERSE ? 0 : WARP - 1;
     }
-    if (address_sanitizer) __asan_poison_memory_region(block->shared, ARENA);
+    if (address_sanitizer) __asan_poison_memory_region(block->shared, SHARED_ARENA);
     if (checking) check::block_begins(block);
     if (launched->shared) open_shared(block, nullptr, block->shared, launched->shared);
 }

@@ -167,7 +167,7 @@ Place user_line(void* const* code, int count) {
         snprintf(text, sizeof text, " %zx", (size_t)code[i] - moved);
         command += text;
     }
-    Place found = {nullptr, 0};
+    Place found = {nullptr, 0};                         // unknown
     FILE* pipe = popen(command.c_str(), "r");
     while (pipe && !found.file && fgets(text, sizeof text, pipe)) {
         char* colon = strrchr(text, ':');
@@ -194,9 +194,6 @@ std::string describe(const void* p) {
              region->size, region->live ? "" : " that was freed");
     return text;
 }
-
-// ------------------------------------------------------------------------------------------------
-// What the rest of the runtime asks
 
 DeviceCode::DeviceCode() {
     catch_faults();

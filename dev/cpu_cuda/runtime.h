@@ -18,7 +18,8 @@
 
 namespace cpu_cuda {
 
-constexpr int WARP = 32, STATUS_REPORT = 66;
+constexpr int WARP = 32;
+constexpr size_t SHARED_ARENA = 512 << 10;              // of a block, with room for gaps
 constexpr bool checking = CPU_CUDA_CHECK;               // user code, by -fsanitize=thread, reports accesses
 constexpr bool address_sanitizer = CPU_CUDA_ADDRESS;    // it watches both, the user's code and this
 
@@ -76,7 +77,7 @@ struct Block {
     size_t number;                      // index as one number, x fastest
     unsigned threads, live;
     char* shared;                       // its shared memory: dynamic first, then the variables
-    size_t shared_size, shared_used;
+    size_t shared_used;
     Warp* warps;
     std::shared_ptr<void> checks;       // check.cpp's own
     struct Variable { const void* tag; char* at; size_t size; };

@@ -35,9 +35,7 @@ CPU_CUDA_VECTORS(signed char, char)
 CPU_CUDA_VECTORS(int, int)
 CPU_CUDA_VECTORS(unsigned, uint)
 CPU_CUDA_VECTORS(float, float)
-struct float3 {
-    float x, y, z;
-};
+struct float3 { float x, y, z; };
 
 // ------------------------------------------------------------------------------------------------
 // Launching, and what the intrinsics below are made of
@@ -144,7 +142,7 @@ CPU_CUDA_VOTE(__any_sync, int, lanes != 0)
 CPU_CUDA_VOTE(__all_sync, int, lanes == mask)
 
 // ------------------------------------------------------------------------------------------------
-// Shuffles and reductions
+// Shuffles, reductions, atomics
 
 #define CPU_CUDA_SHUFFLE(NAME, KIND, OPERAND, T)                                                        \
     inline T NAME(unsigned mask, T value, OPERAND operand, int width = 32, CPU_CUDA_HERE) {             \
@@ -175,9 +173,6 @@ CPU_CUDA_REDUCE(__reduce_max_sync, int, a > b ? a : b)
 CPU_CUDA_REDUCE(__reduce_and_sync, unsigned, a & b)
 CPU_CUDA_REDUCE(__reduce_or_sync, unsigned, a | b)
 CPU_CUDA_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
-
-// ------------------------------------------------------------------------------------------------
-// Atomics
 
 #define CPU_CUDA_ATOMIC(NAME, T, RESULT)                                                                    \
     inline T NAME(T* p, T value, CPU_CUDA_HERE) {                                                           \

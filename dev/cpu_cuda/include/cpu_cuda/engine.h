@@ -8,17 +8,13 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <new>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 
 typedef struct CUstream_st* cudaStream_t;
 
-struct uint3 {
-    unsigned x, y, z;
-};
-
+struct uint3 { unsigned x, y, z; };
 struct dim3 : uint3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : uint3{x, y, z} {}
     constexpr dim3(uint3 v) : uint3(v) {}
