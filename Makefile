@@ -106,7 +106,7 @@ ifeq ($(PRECISION),FP32)
 $(error USE_CUDNN: found PRECISION=FP32, expected BF16)
 endif
 CUDNN_HEADERS := $(addprefix -isystem ,$(CUDNN_FRONTEND))
-CUDNN := $(shell echo 'int main() { return cudnnGetVersion() == 0; }' > .probe.cc; $(NVCC) -x c++ $(CUDNN_HEADERS) -include cudnn.h -include cudnn_frontend_version.h .probe.cc -o .probe -lcudnn 2> /dev/null && echo build/attention_cudnn.o -lcudnn; rm -f .probe .probe.cc)
+CUDNN := $(shell echo 'int main() { return cudnnGetVersion() == 0; }' > .probe.cc; $(NVCC) -x c++ $(CUDNN_HEADERS) -include cudnn.h -include cudnn_frontend_version.h .probe.cc -o .probe -lcudnn -lnvrtc 2> /dev/null && echo build/attention_cudnn.o -lcudnn -lnvrtc; rm -f .probe .probe.cc)
 ifeq ($(CUDNN),)
 $(error USE_CUDNN: found no cudnn.h, cudnn_frontend_version.h and -lcudnn that $(NVCC) links, expected cuDNN 9 and cudnn-frontend, run make deps or give CUDNN_FRONTEND=folder)
 endif

@@ -54,7 +54,8 @@ if present cudnn.h && present cudnn_frontend_version.h; then
     compiles "attention by cuDNN" -x c++ -std=c++17 -Xcompiler -Wall,-Wextra,-Werror -DCUDNN_IMPLEMENTATION -isystem "$frontend" \
         -c dev/cuda/attention_cudnn.h -o "$folder/attention.o"
     compiles "links cuDNN" -std=c++17 -arch=sm_80 -DPRECISION_BF16 -DUSE_CUDNN -D_GNU_SOURCE -Werror all-warnings \
-        -Xcompiler -Wall,-Wextra,-Wno-unused-function,-fopenmp test_gpt_mhc.cu -o "$folder/link" "$folder/attention.o" -lcublasLt -lcudnn
+        -Xcompiler -Wall,-Wextra,-Wno-unused-function,-fopenmp test_gpt_mhc.cu -o "$folder/link" "$folder/attention.o" \
+        -lcublasLt -lcudnn -lnvrtc
 else
     echo "skip cuDNN: found no cudnn.h and cudnn_frontend_version.h, run make deps"
 fi
