@@ -37,6 +37,13 @@ static void cuda_check(cudaError_t error, const char* call, int line) {
 // After each launch: what is wrong with its shape shows there, not at the next call.
 #define LAUNCHED() CUDA(cudaGetLastError())
 
+static bool has_happened(cudaEvent_t event) {
+    cudaError_t state = cudaEventQuery(event);
+    if (state == cudaErrorNotReady) (void)cudaGetLastError();   // no error, but kept as the last one
+    else CUDA(state);
+    return state == cudaSuccess;
+}
+
 static int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -3585,12 +3592,7 @@ static void machine_wire_leaves(Run* run, Wire* w) {
     CUDA(cudaEventRecord(e->copied, g->wire_stream));
 }
 
-static bool machine_wire_left(Run* run, Wire* w) {
-    Gpu* g = gpu_of(run);
-    cudaError_t state = cudaEventQuery(wire_events(g, run, w)->copied);
-    if (state != cudaErrorNotReady) CUDA(state);
-    return state == cudaSuccess;
-}
+static bool machine_wire_left(Run* run, Wire* w) { return has_happened(wire_events(gpu_of(run), run, w)->copied); }
 
 // --- a step's end
 
