@@ -78,7 +78,7 @@ trace=$trace'{"name":"mark","ph":"i","ts":0},{"name":"B s1 m0","ph":"X","ts":101
 timeline() {
     echo "$trace" > "$work/trace.json" && figure timeline --trace "$work/trace.json" &&
         tail -n 2 "$work/$out/tiny/timeline.csv" > "$work/rows" &&
-        printf '0,0,1,75\n0,1,3,25\n' | cmp - "$work/rows"
+        printf 'trace.json,0,0,0,1,75\ntrace.json,0,0,1,3,25\n' | cmp - "$work/rows"
 }
 check "a timeline's bubbles" timeline
 refused() {

@@ -330,14 +330,18 @@ class Figure:
         run.weights = run.weights or weights
         return run
 
+    def build(self):
+        command = ["make", "-s", "-C", ROOT, self.program.name]
+        if self.program.parent == ROOT and subprocess.run(command).returncode:
+            stop(f"{self.program}: could not be built, see above")
+        if not self.program.exists():
+            stop(f"--trainer: found no program {self.program}, expected one like train_gpt_mhc")
+
     def train(self):
         """All runs that are not done, --jobs at a time. With time up or on Ctrl-C they save, and we end."""
         waiting = [run for run in self.runs.values() if not run.done]
-        build = ["make", "-s", "-C", ROOT, self.program.name]
-        if waiting and self.program.parent == ROOT and subprocess.run(build).returncode:
-            stop(f"{self.program}: could not be built, see above")
-        if waiting and not self.program.exists():
-            stop(f"--trainer: found no program {self.program}, expected one like train_gpt_mhc")
+        if waiting:
+            self.build()
         total, begun, active = len(waiting), time.monotonic(), {}
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
