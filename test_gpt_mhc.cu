@@ -1,5 +1,5 @@
 // test_gpt_mhc.cu: every kernel of train_gpt_mhc.cu, and the whole step, against the CPU reference.
-//     ./test_gpt_mhc_cuda [part of a test's name]
+//     ./test_gpt_mhc_cuda [part of a test's name]...
 //
 // Inputs are rounded to floatX before both sides see them, so that what differs is arithmetic. Relative L2
 // error per tensor, |a - b| / |b|; NaN fails every comparison.
@@ -1456,6 +1456,16 @@ static void reference_close(Reference* r) {
 
 static char directory[] = "/tmp/test_gpt_mhc_XXXXXX";
 
+// Something to learn from, that is read in no time: letters that often follow the same other letters
+static void write_text(void) {
+    char path[256], text[4000];
+    for (size_t i = 0; i < sizeof text; i++)
+        text[i] = (char)('a' + (i ? (text[i - 1] - 'a') * 5 + hash64(1, i) % 4 : 0) % 26);
+    snprintf(path, sizeof path, "%s/text.txt", directory);
+    FILE* file = fopen(path, "wb");
+    if (!file || fwrite(text, sizeof text, 1, file) != 1 || fclose(file)) die("%s: cannot be written", path);
+}
+
 // A run in a directory of its own: at its first step, or resumed
 static void start(Run* run, const char* options) {
     char text[2048], *words[128] = {(char*)"train_gpt_mhc"};
@@ -1467,8 +1477,9 @@ static void start(Run* run, const char* options) {
     run->pipe.transport = loopback_rank(alone, 0);
     snprintf(text, sizeof text, "%s/lock", directory);
     unlink(text);               // an earlier run of this process, which is over, holds it
-    snprintf(text, sizeof text, "%s%s--out %s %s %s", SMALL, strstr(options, "--width") ? "" : SHAPE,
-             directory, options, strstr(options, "--resume") ? "" : "--overwrite");
+    snprintf(text, sizeof text, "%s%s--data %s/text.txt --out %s %s %s", SMALL,
+             strstr(options, "--width") ? "" : SHAPE, directory, directory, options,
+             strstr(options, "--resume") ? "" : "--overwrite");
     for (char* word = strtok(text, " "); word; word = strtok(NULL, " ")) words[count++] = word;
     if (!options_parse(&run->o, &run->given, count, words, &e) || !open_run(run, &e)) die("%s", e.text);
     char path[256];
@@ -1590,6 +1601,32 @@ static void test_step(void) {
               mode, norm, gradient_norm(&r.model));
         compare_gradients(mode, &run, grads, &r);
         reference_close(&r);
+        close_run(&run);
+    }
+}
+
+// Two updates of every mode, and what else a run asks of the machine: for checks and sanitizers to go through
+static void test_two_updates(void) {
+    for (const char* residual : {"none", "plain", "hc", "mhc", "ihc"}) {
+        static Run run;
+        Error e;
+        StepReport report;
+        Gain gain;
+        double loss;
+        char options[128];
+        snprintf(options, sizeof options,
+                 "--residual %s --width 24 --heads 3 --seq 9 --batch 2 --recompute 3", residual);
+        start(&run, options);
+        for (int s = 0; s < 2; s++) {
+            if (!train_step(&run, &report, &e)) die("%s", e.text);
+            CHECK(report.verdict == VERDICT_APPLY, "%s: step %d: %s", residual, s + 1, report.culprit);
+            remember_bits(&report.norm, sizeof report.norm);
+        }
+        if (!validation_loss(&run, &loss, &e) || !measure_gains(&run, &gain, &e)) die("%s", e.text);
+        CHECK(loss > 0 && loss < 10, "%s: validation loss %g", residual, loss);
+        machine_fetch(&run);
+        remember_bits(run.model.params, run.model.size * sizeof(float));
+        remember_bits(&loss, sizeof loss);
         close_run(&run);
     }
 }
@@ -1736,14 +1773,20 @@ int main(int argc, char** argv) {
         {"rounding_extremes", test_rounding_extremes},
         {"first_nonfinite", test_first_nonfinite},
         {"step", test_step},
+        {"two_updates", test_two_updates},
         {"training", test_training},
         {"equal_bits", test_equal_bits},
         {"resume", test_resume},
         {"generation", test_generation},
     };
+    wait_briefly(argv);
     if (!mkdtemp(directory)) die("%s: cannot be made", directory);
-    for (auto& test : tests)
-        if (argc < 2 || strstr(test.name, argv[1])) test.run();
+    write_text();
+    for (auto& test : tests) {
+        bool asked = argc < 2;
+        for (int i = 1; i < argc; i++) asked = asked || strstr(test.name, argv[i]);
+        if (asked) test.run();
+    }
     char command[256];
     snprintf(command, sizeof command, "rm -rf %s", directory);
     if (system(command)) die("%s: cannot be removed", directory);
