@@ -95,7 +95,7 @@ typedef struct {
      standard, limits, help}
 
 static const OptionRow option_rows[] = {
-    ROW(MODEL, MODEL, "model", model, "tiny", "tiny|dL|gpt2|gpt2-medium|gpt2-large|gpt2-xl, for plans paper-3b|paper-9b|paper-27b",
+    ROW(MODEL, MODEL, "model", model, "tiny", "tiny|dL|gpt2|gpt2-medium|gpt2-large|gpt2-xl, to plan paper-3b|-9b|-27b",
         "shape of the model; dL, as in d12: L layers, width 64 L, L heads, seq 1024"),
     ROW(MODEL, COUNT, "layers", layers, "", "1 to 10000", "transformer blocks, two sublayers each"),
     ROW(MODEL, COUNT, "width", width, "", "1 to 1000000", "channels of one stream"),
