@@ -82,7 +82,7 @@ mutate:
 	$(PYTHON) dev/mutate.py $(ARGS)
 
 # In this order: others take their learning rates from lr, and share runs.
-FIGURES ?= lr loss gradnorm streams mixing gain depth stress table1 sinkhorn constraints n_gap scaling overhead
+FIGURES ?= lr loss gradnorm streams mixing gain depth stress table1 sinkhorn constraints n_gap scaling overhead timeline
 figures: train_gpt_mhc
 	for name in $(FIGURES); do PYTHON=$(PYTHON) sh scripts/fig_$$name.sh $(ARGS) || exit; done
 
