@@ -43,7 +43,7 @@ single.set(xlabel="sublayer", title="one sublayer, after the last step")
 nearness.set(yscale="log", xlabel="sublayer", ylabel="|gain - 1|, the larger side",
              title=f"how near mHC is to 1 ({fig.sinkhorn_iters} iterations)")
 losses = {arm: np.array([runs[arm, seed].val for seed in fig.seeds]) for arm in fig.arms}
-fig.say("validation loss: " + ", ".join(f"{name_of(arm)} {values.mean():.4f}" for arm, values in losses.items()))
+fig.say("validation loss: " + ", ".join(f"{name_of(arm)} {x.mean():.4f}" for arm, x in losses.items()))
 if {"hc", "mhc"} <= losses.keys():
     fig.say(f"HC minus mHC: {verdict(losses['hc'] - losses['mhc'], fig.unit)}")
 over_steps.legend()
