@@ -1456,16 +1456,6 @@ static void reference_close(Reference* r) {
 
 static char directory[] = "/tmp/test_gpt_mhc_XXXXXX";
 
-// Something to learn from, that is read in no time: letters that often follow the same other letters
-static void write_text(void) {
-    char path[256], text[4000];
-    for (size_t i = 0; i < sizeof text; i++)
-        text[i] = (char)('a' + (i ? (text[i - 1] - 'a') * 5 + hash64(1, i) % 4 : 0) % 26);
-    snprintf(path, sizeof path, "%s/text.txt", directory);
-    FILE* file = fopen(path, "wb");
-    if (!file || fwrite(text, sizeof text, 1, file) != 1 || fclose(file)) die("%s: cannot be written", path);
-}
-
 // A run in a directory of its own: at its first step, or resumed
 static void start(Run* run, const char* options) {
     char text[2048], *words[128] = {(char*)"train_gpt_mhc"};
@@ -1477,9 +1467,8 @@ static void start(Run* run, const char* options) {
     run->pipe.transport = loopback_rank(alone, 0);
     snprintf(text, sizeof text, "%s/lock", directory);
     unlink(text);               // an earlier run of this process, which is over, holds it
-    snprintf(text, sizeof text, "%s%s--data %s/text.txt --out %s %s %s", SMALL,
-             strstr(options, "--width") ? "" : SHAPE, directory, directory, options,
-             strstr(options, "--resume") ? "" : "--overwrite");
+    snprintf(text, sizeof text, "%s%s--out %s %s %s", SMALL, strstr(options, "--width") ? "" : SHAPE,
+             directory, options, strstr(options, "--resume") ? "" : "--overwrite");
     for (char* word = strtok(text, " "); word; word = strtok(NULL, " ")) words[count++] = word;
     if (!options_parse(&run->o, &run->given, count, words, &e) || !open_run(run, &e)) die("%s", e.text);
     char path[256];
@@ -1605,32 +1594,6 @@ static void test_step(void) {
     }
 }
 
-// Two updates of every mode, and what else a run asks of the machine: for checks and sanitizers to go through
-static void test_two_updates(void) {
-    for (const char* residual : {"none", "plain", "hc", "mhc", "ihc"}) {
-        static Run run;
-        Error e;
-        StepReport report;
-        Gain gain;
-        double loss;
-        char options[128];
-        snprintf(options, sizeof options,
-                 "--residual %s --width 24 --heads 3 --seq 9 --batch 2 --recompute 3", residual);
-        start(&run, options);
-        for (int s = 0; s < 2; s++) {
-            if (!train_step(&run, &report, &e)) die("%s", e.text);
-            CHECK(report.verdict == VERDICT_APPLY, "%s: step %d: %s", residual, s + 1, report.culprit);
-            remember_bits(&report.norm, sizeof report.norm);
-        }
-        if (!validation_loss(&run, &loss, &e) || !measure_gains(&run, &gain, &e)) die("%s", e.text);
-        CHECK(loss > 0 && loss < 10, "%s: validation loss %g", residual, loss);
-        machine_fetch(&run);
-        remember_bits(run.model.params, run.model.size * sizeof(float));
-        remember_bits(&loss, sizeof loss);
-        close_run(&run);
-    }
-}
-
 // Twenty updates from the usual start, side by side
 static void test_training(void) {
     for (const char* mode :
@@ -1700,6 +1663,32 @@ static std::vector<float> trained(Run* run, int steps) {
     fetch(run, NUMBERS_ADAM_M, all.data() + run->model.size);
     fetch(run, NUMBERS_ADAM_V, all.data() + 2 * run->model.size);
     return all;
+}
+
+// Two updates of every mode, and what else a run asks of the machine: for checks and sanitizers to go through.
+// They learn from a few letters: the built-in corpus takes them long to make.
+static void test_two_updates(void) {
+    char path[256];
+    snprintf(path, sizeof path, "%s/text.txt", directory);
+    FILE* file = fopen(path, "wb");
+    for (int i = 0; file && i < 400; i++) fputc('a' + (int)(hash64(1, (uint64_t)i) % 26), file);
+    if (!file || fclose(file)) die("%s: cannot be written", path);
+    for (const char* residual : {"none", "plain", "hc", "mhc", "ihc"}) {
+        static Run run;
+        Error e;
+        Gain gain;
+        double loss;
+        char options[512];
+        snprintf(options, sizeof options,
+                 "--residual %s --width 24 --heads 3 --seq 9 --batch 2 --recompute 3 --data %s", residual, path);
+        start(&run, options);
+        std::vector<float> numbers = trained(&run, 2);
+        if (!validation_loss(&run, &loss, &e) || !measure_gains(&run, &gain, &e)) die("%s", e.text);
+        CHECK(run.step == 2 && loss > 0 && loss < 10, "%s: validation loss %g", residual, loss);
+        remember_bits(numbers.data(), numbers.size() * sizeof(float));
+        remember_bits(&loss, sizeof loss);
+        close_run(&run);
+    }
 }
 
 static void test_resume(void) {
@@ -1781,7 +1770,6 @@ int main(int argc, char** argv) {
     };
     wait_briefly(argv);
     if (!mkdtemp(directory)) die("%s: cannot be made", directory);
-    write_text();
     for (auto& test : tests) {
         bool asked = argc < 2;
         for (int i = 1; i < argc; i++) asked = asked || strstr(test.name, argv[i]);
