@@ -1830,8 +1830,8 @@ static void machine_forward(Run* run, Part* c, int micro, Wire* x, Wire* y);
 static void machine_backward(Run* run, Part* c, int micro, Wire* dy, bool defer);
 static void machine_backward_weights(Run* run, Part* c, int micro);
 static bool machine_recompute(Run* run, Part* c, int micro);   // ahead of its gradient; false: nothing to do
-static void machine_wire_arrived(Run* run, Wire* w);            // its message is there
-static void machine_wire_expected(Run* run, Wire* w);           // before its message is received
+static bool machine_wire_free(Run* run, const Wire* w);         // asked until a message can be received into it
+static void machine_wire_arrived(Run* run, Wire* w);            // that is there
 static void machine_wire_leaves(Run* run, Wire* w);             // before its message is sent:
 static bool machine_wire_left(Run* run, Wire* w);               // asked until it can be
 static void machine_begin_pass(Run* run);
@@ -1897,6 +1897,8 @@ static void machine_layout(Run* run, Arena* arena, int block) {
 static bool machine_can(const Run* run, Error* e) {
     if (run->o.batch == BATCH_AUTO)
         return fail(e, "--batch: found auto, expected a number, as in --batch 8; auto is for a GPU");
+    if (run->o.priority != PRIORITY_NONE)
+        return fail(e, "--priority: found another than none, which is for a GPU, leave it out");
     return run->o.kernels == KERNELS_PLAIN ||
            fail(e, "--kernels: found fused, expected plain, leave it out: others are for a GPU");
 }
@@ -1905,7 +1907,7 @@ static bool machine_open(Run* run, Error* e) { return run && e; }
 static void machine_load(Run* run) { (void)run; }
 static void machine_begin_pass(Run* run) { (void)run; }
 static void machine_end_pass(Run* run) { (void)run; }
-static void machine_wire_expected(Run* run, Wire* w) { (void)run, (void)w; }
+static bool machine_wire_free(Run* run, const Wire* w) { return run && w; }
 static void machine_wire_leaves(Run* run, Wire* w) { (void)run, (void)w; }
 static void machine_wire_arrived(Run* run, Wire* w) { (void)run, (void)w; }
 static bool machine_wire_left(Run* run, Wire* w) { return run && w; }
@@ -2104,10 +2106,15 @@ static Part* part_at(Pipe* p, int stage, int direction) {
     return &p->parts[i];
 }
 
-static Wire* wire_take(Pipe* p, WireState state, int* books) {
+static Wire* wire_free(const Pipe* p) {
     Wire* w = p->wires;
     while (w < p->wires + p->wire_count && w->state != WIRE_FREE) w++;
     assert(w < p->wires + p->wire_count);       // the books keep count
+    return w;
+}
+
+static Wire* wire_take(Pipe* p, WireState state, int* books) {
+    Wire* w = wire_free(p);
     w->state = state;
     w->books = books;
     ++*books;
@@ -2148,7 +2155,6 @@ static void wire_receive(Run* run, const Part* c, const Action* a) {
     Part* part = (Part*)c;
     bool gradient = a->kind != ACTION_F;
     Wire* w = wire_take(p, WIRE_RECEIVING, gradient ? &part->dy_used : &part->x_used);
-    machine_wire_expected(run, w);
     w->expected = message_header(run, gradient, c->index, c->direction, a->micro);
     w->request = transport_receive(p->transport, world_rank(p, gradient ? c->after : c->before),
                                    message_tag(&w->expected), w->message, sizeof(Header) + wire_bytes(run));
@@ -2172,6 +2178,7 @@ static void post_receives(Run* run) {
         int peer = gradient ? c->after : c->before;
         if (a->kind == ACTION_W || peer < 0 || peer == p->rank) continue;
         if (gradient ? c->dy_used >= c->dy_most : c->x_used >= c->x_most) return;
+        if (!machine_wire_free(run, wire_free(p))) return;
         wire_receive(run, c, a);
     }
 }

@@ -2455,6 +2455,9 @@ typedef struct DeviceActivations {
     struct DeviceActivations* shared;   // whose scratch this is, and who had the states between blocks' starts last
     const struct DeviceActivations* resident;
     floatX** between;           // [block] (rows, n, C)
+    bool beside;                // forward passes run beside backward ones: theirs are in these two, in turns
+    floatX* passing[2];         // (rows, n, C)
+    cudaEvent_t done;           // what was done with a slot last, in whichever stream
     floatX* logits;             // (head_rows, Vp)
     floatX *dstate, *dln, *dwide, *df;          // (rows, n, C), (rows, C), (rows, 4C), (rows, C)
     float* dcoef;               // (rows, n*n + 2n)
@@ -2551,6 +2554,7 @@ static void device_layout_scratch(DeviceActivations* a, DeviceArena* arena, cons
     a->logits = carve_x(arena, "logits", a->stage.heads ? (size_t)a->head_rows * Vp : 0);
     if (!training) return;
     for (int j = 1; j < block; j++) a->between[j] = carve_x(arena, "streams", state);
+    for (int j = 1; j < block && j < 3 && a->beside; j++) a->passing[j % 2] = carve_x(arena, "streams", state);
     if (a->stage.embeds && a->stage.heads) a->dstate = carve_x(arena, "backward", state);
     a->dwide = carve_x(arena, "backward", rows * 4 * C);
     a->dln = carve_x(arena, "backward", rows * C);
@@ -2566,18 +2570,47 @@ static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, 
 }
 
 // ------------------------------------------------------------------------------------------------
-// The model, forward and backward: the reference's order of work. All of it is put into one stream and
+// The model, forward and backward: the reference's order of work. All of a pass is put into one queue and
 // nothing waits.
+
+typedef struct {                // work that goes in order, beside that of other queues
+    cudaStream_t stream;
+    cudaStream_t urgent;        // of the highest priority, for what --priority names: a part of the queue's order
+    int priority;               // enum Priority
+    cudaEvent_t turn;           // one stream goes on where another is now
+    cudaEvent_t ended[2];       // the last two halves of pairs
+    int half;                   // which of them is the last
+    Lt lt;                      // with a workspace of its own
+} Queue;
 
 typedef struct {
     const DeviceModel* d;
     DeviceActivations* a;
-    Lt* lt;
-    cudaStream_t stream;
+    Queue* queue;
+    Lt* lt;                     // the queue's
+    cudaStream_t stream;        // likewise, or its urgent one
     int B, T, row0; // rows before row0 are there already (only when text is generated, one sequence)
 } Pass;
 
 static int pass_rows(const Pass* p) { return p->B * p->T - p->row0; }
+
+// What comes into `later` from now on is after all that is in `earlier`.
+static void stream_follows(cudaStream_t later, cudaStream_t earlier, cudaEvent_t turn) {
+    if (later == earlier) return;
+    CUDA(cudaEventRecord(turn, earlier));
+    CUDA(cudaStreamWaitEvent(later, turn, 0));
+}
+
+// The pass goes on in the urgent stream if --priority has this bit; until it comes back.
+static Pass pass_hurries(const Pass* p, int what) {
+    Pass urgent = *p;
+    if (p->queue->priority & what) urgent.stream = p->queue->urgent;
+    stream_follows(urgent.stream, p->stream, p->queue->turn);
+    return urgent;
+}
+static void pass_rejoins(const Pass* p, const Pass* urgent) {
+    stream_follows(p->stream, urgent->stream, p->queue->turn);
+}
 
 typedef struct { const float *fn, *base, *scale; } DeviceConnection;
 
@@ -2650,6 +2683,15 @@ static void device_sublayer_forward(const Pass* p, int k) {
     }
 }
 
+// Where passes beside others have the states between blocks' starts
+static void place_states(DeviceActivations* a, bool forward) {
+    for (int k = a->stage.first + 1; k <= a->stage.last && a->beside; k++) {
+        int j = k - a->stage.first;
+        bool wired = k == a->stage.last && !a->stage.heads;
+        if (j % a->block && !wired) a->state[k] = forward ? a->passing[j % 2] : a->between[j % a->block];
+    }
+}
+
 // A stage, from a->tokens or a->state[first] to a->ln (rows, C) or a->state[last]; `saw` is called with each state
 // while it is there, if not NULL.
 static void device_forward(const Pass* p, void (*saw)(const Pass*, int k, void* context), void* context) {
@@ -2660,15 +2702,18 @@ static void device_forward(const Pass* p, void (*saw)(const Pass*, int k, void* 
     size_t r = (size_t)p->row0, C = (size_t)c->C, n = (size_t)c->n;
     int rows = pass_rows(p);
     assert(p->B * p->T <= a->B * a->T && p->T <= c->T && (p->row0 == 0 || p->B == 1));
+    place_states(a, true);
     if (stage->embeds)
         embedding_forward_gpu(a->state[0] + r * n * C, a->tokens + r, weight(d, WTE, 0),
                               weight(d, WPE, 0) + r * C, rows, p->T, c->n, c->C, p->stream);
     for (int k = stage->first; k <= stage->last; k++) {
-        boundary_forward(p, k);
+        Pass q = pass_hurries(p, k == stage->last && !stage->heads ? PRIORITY_POST : PRIORITY_NONE);
+        boundary_forward(&q, k);
+        pass_rejoins(p, &q);
         if (saw && (k < stage->last || stage->heads)) saw(p, k, context);
         if (k < stage->last) device_sublayer_forward(p, k);
     }
-    a->shared->resident = a;
+    if (!a->beside) a->shared->resident = a;
     if (!stage->heads) return;
     readout_forward_gpu(a->mean + r * C, a->ln + r * C, a->stats + r * 2, a->state[2 * c->L] + r * n * C,
                         weight(d, LN_F_W, 0), weight(d, LN_F_B, 0), rows, c->n, c->C, p->stream);
@@ -2703,19 +2748,22 @@ static void device_recompute_states(const Pass* p, int k) {
     const Config* c = &p->d->m.c;
     DeviceActivations* a = p->a;
     int rows = p->B * p->T, first = a->stage.first;
+    Pass q = pass_hurries(p, PRIORITY_RECOMPUTE);
     for (int j = first + (k - first) / a->block * a->block; j < k; j++) {
         if (has_connections(c))
             write_gpu(a->state[j + 1], a->state[j], a->sub[j].f, a->sub[j].coef, connections_of(c), rows,
-                      p->stream);
+                      q.stream);
         else
             add_gpu(a->state[j + 1], c->residual == RESIDUAL_PLAIN ? a->state[j] : NULL, a->sub[j].f,
-                    (size_t)rows * (size_t)c->C, p->stream);
+                    (size_t)rows * (size_t)c->C, q.stream);
     }
+    pass_rejoins(p, &q);
 }
 
 // The states that the backward pass needs first, unless they are still there; it need not have begun.
 static void device_recompute_last_block(const Pass* p) {
     DeviceActivations* a = p->a;
+    place_states(a, false);
     if (a->shared->resident != a && a->stage.last > a->stage.first) device_recompute_states(p, a->stage.last - 1);
     a->shared->resident = a;
 }
@@ -2838,7 +2886,9 @@ static void device_backward(const Pass* p, bool defer) {
     for (int k = stage->last; k >= stage->first && stage->last > stage->first; k--) {
         bool block_ends = k > stage->first && k < stage->last && (k - stage->first) % a->block == 0;
         if (block_ends) device_recompute_states(p, k - 1);
-        const floatX* df = boundary_backward(p, k);
+        Pass q = pass_hurries(p, k == stage->first && !stage->embeds ? PRIORITY_POST : PRIORITY_NONE);
+        const floatX* df = boundary_backward(&q, k);
+        pass_rejoins(p, &q);
         if (!df) break;
         device_sublayer_backward_input(p, df, k - 1);
         if (defer) device_defer(p, df, k - 1);
@@ -3076,8 +3126,9 @@ static int first_nonfinite_gpu(const Optimiser* o, const float* numbers, cudaStr
 }
 
 // ------------------------------------------------------------------------------------------------
-// The machine of a run (its contract is in train_gpt_mhc.c): one GPU, a stream that computes, and one that moves
-// messages between the host and the device.
+// The machine of a run (its contract is in train_gpt_mhc.c): one GPU, a queue that computes, and under a pipeline a
+// second one, so that the halves of a pair overlap, and streams that move messages between host and device.
+// Halves go into their queues one after the other: the host is far faster than the device, which sees both.
 
 typedef struct {                // pinned, so that a copy does not wait for the work before it
     int32_t *tokens, *targets, *order, *first, *token;
@@ -3086,7 +3137,7 @@ typedef struct {                // pinned, so that a copy does not wait for the 
 } Upload;
 
 typedef struct {                // of a Wire
-    cudaEvent_t used, copied;   // its device memory is free to be written; its message has come or gone
+    cudaEvent_t used, copied;   // what computes is done with its data; its message has come or gone
 } WireEvents;
 
 typedef struct {
@@ -3097,12 +3148,12 @@ typedef struct {
     Header* messages;           // pinned, of all wires
     DeviceArena arena;
     Optimiser optimiser;
-    Lt lt;
-    void* workspace;            // of the products
+    Queue main, forward;         // forward passes have their own where they run beside backward ones
+    void* workspaces[2];        // of the queues' products
     Upload uploads[2];          // taken in turns
     int next_upload;
     double *sums, *host_sums;   // (tensor_count + 1) of squares and, last, of losses; on the device, and pinned
-    cudaStream_t stream, wire_stream;
+    cudaStream_t wire_streams[2][2];    // of states and of gradients, that come and that leave
     StreamStats* streams;       // to be filled by forward passes, if not NULL
     char name[256];
     double peak;                // FLOP/s
@@ -3146,11 +3197,13 @@ static void gpu_layout(Gpu* g, const Run* run, int B) {
     memset(&g->arena.plan, 0, sizeof g->arena.plan);
     plan_add(&g->arena.plan, "kernels and library", RUNTIME_BYTES);
     device_model_memory(&g->model, &g->arena, run->training);
+    g->acts.beside = run->training && run->pipe.stage_count > 1;
     device_layout_scratch(&g->acts, &g->arena, c, B, T, recompute_block(run), kernels, run->training);
     if (run->pipe.stage_count == 1) device_layout_slot(&g->acts, &g->arena, c, run->training);
     else layout_parts(g, run, B);
     if (run->pipe.P == 1) device_activations_layout(&g->infer, &g->arena, c, 1, T, 1, kernels, false);
-    g->workspace = device_carve(&g->arena, "workspace of products", WORKSPACE_BYTES, 1);
+    for (int queue = 0; queue <= g->acts.beside; queue++)
+        g->workspaces[queue] = device_carve(&g->arena, "workspace of products", WORKSPACE_BYTES, 1);
 #ifdef USE_CUDNN
     size_t bytes = cudnn_attention_plan(B, T, c->C, c->NH, run->training);
     cudnn_attention_workspace(device_carve(&g->arena, "workspace of cuDNN", bytes, 1), bytes);
@@ -3294,7 +3347,8 @@ static void open_wires(Gpu* g, const Run* run) {
     const Pipe* p = &run->pipe;
     size_t bytes = message_bytes(run);
     if (!p->wire_count) return;
-    CUDA(cudaStreamCreateWithFlags(&g->wire_stream, cudaStreamNonBlocking));
+    for (int i = 0; i < 4; i++)
+        CUDA(cudaStreamCreateWithFlags(&g->wire_streams[i / 2][i % 2], cudaStreamNonBlocking));
     CUDA(cudaMallocHost(&g->messages, (size_t)p->wire_count * bytes));
     g->wires = (WireEvents*)allocate((size_t)p->wire_count, sizeof(WireEvents));
     for (int i = 0; i < p->wire_count; i++) {
@@ -3312,17 +3366,56 @@ static void close_wires(Gpu* g, const Pipe* p) {
     }
     free(g->wires);
     CUDA(cudaFreeHost(g->messages));
-    CUDA(cudaStreamDestroy(g->wire_stream));
+    for (int i = 0; i < 4; i++) CUDA(cudaStreamDestroy(g->wire_streams[i / 2][i % 2]));
 }
+
+static void queue_open(Queue* queue, void* workspace, int priority) {
+    int least, greatest;
+    queue->priority = priority;
+    CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CUDA(cudaStreamCreateWithFlags(&queue->stream, cudaStreamNonBlocking));
+    if (priority) CUDA(cudaStreamCreateWithPriority(&queue->urgent, cudaStreamNonBlocking, greatest));
+    for (cudaEvent_t* e : {&queue->turn, &queue->ended[0], &queue->ended[1]})
+        CUDA(cudaEventCreateWithFlags(e, cudaEventDisableTiming));
+    lt_open(&queue->lt, workspace, WORKSPACE_BYTES);
+}
+
+static void queue_close(Queue* queue) {
+    CUDA(cudaStreamSynchronize(queue->stream));
+    lt_close(&queue->lt);
+    for (cudaEvent_t e : {queue->turn, queue->ended[0], queue->ended[1]}) CUDA(cudaEventDestroy(e));
+    if (queue->priority) CUDA(cudaStreamDestroy(queue->urgent));
+    CUDA(cudaStreamDestroy(queue->stream));
+}
+
+// Two queues, and of each slot what orders them
+static void open_queues(Gpu* g, const Run* run) {
+    const Pipe* p = &run->pipe;
+    bool beside = g->acts.beside;
+    queue_open(&g->main, g->workspaces[0], beside ? run->o.priority : PRIORITY_NONE);
+    if (beside) queue_open(&g->forward, g->workspaces[1], run->o.priority);
+    for (int i = 0; i < p->part_count && beside; i++)
+        for (int slot = 0; slot < p->parts[i].slots; slot++)
+            CUDA(cudaEventCreateWithFlags(&g->slots[i][slot].done, cudaEventDisableTiming));
+}
+
+static void close_queues(Gpu* g, const Pipe* p) {
+    bool beside = g->acts.beside;
+    queue_close(&g->main);
+    if (beside) queue_close(&g->forward);
+    for (int i = 0; i < p->part_count && beside; i++)
+        for (int slot = 0; slot < p->parts[i].slots; slot++) CUDA(cudaEventDestroy(g->slots[i][slot].done));
+}
+
+static Queue* forward_queue(Gpu* g) { return g->acts.beside ? &g->forward : &g->main; }
 
 static void gpu_open(Gpu* g, const Run* run) {
     g->arena.taking = true;
     gpu_layout(g, run, (int)run->o.batch);
-    CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
+    open_queues(g, run);
     CUDA(cudaMallocHost(&g->host_sums, ((size_t)run->model.tensor_count + 1) * sizeof(double)));
     open_wires(g, run);
     for (int i = 0; i < 2; i++) open_upload(&g->uploads[i], (size_t)(run->o.batch * run->c.T));
-    lt_open(&g->lt, g->workspace, WORKSPACE_BYTES);
     optimiser_open(&g->optimiser, &g->model.m);
     CUDA(cudaDeviceSynchronize());          // what cudaMemset put into the default stream
 }
@@ -3331,7 +3424,7 @@ static void machine_close(Run* run) {
     Gpu* g = gpu_of(run);
     if (!g) return;
     if (g->arena.taking) {
-        CUDA(cudaStreamSynchronize(g->stream));
+        close_queues(g, &run->pipe);
         for (int i = 0; i < g->arena.block_count; i++) CUDA(cudaFree(g->arena.blocks[i]));
         for (int i = 0; i < 2; i++) {
             CUDA(cudaFreeHost(g->uploads[i].tokens));
@@ -3339,9 +3432,7 @@ static void machine_close(Run* run) {
         }
         CUDA(cudaFreeHost(g->host_sums));
         close_wires(g, &run->pipe);
-        lt_close(&g->lt);
         optimiser_close(&g->optimiser);
-        CUDA(cudaStreamDestroy(g->stream));
     }
     for (int i = 0; i < run->pipe.part_count && g->slots[i]; i++) {
         for (int slot = 0; slot < run->pipe.parts[i].slots; slot++) {
@@ -3387,8 +3478,8 @@ static const Tensor* device_tensor(const Gpu* g, const Run* run, const Tensor* t
 static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, real* numbers) {
     Gpu* g = gpu_of(run);
     CUDA(cudaMemcpyAsync(numbers, device_numbers(g, what, device_tensor(g, run, t)) + first, count * sizeof(float),
-                         cudaMemcpyDeviceToHost, g->stream));
-    CUDA(cudaStreamSynchronize(g->stream));
+                         cudaMemcpyDeviceToHost, g->main.stream));
+    CUDA(cudaStreamSynchronize(g->main.stream));
 }
 
 // Of parameters the copies too, as the rank that updated them has made its own
@@ -3396,11 +3487,11 @@ static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t fir
     Gpu* g = gpu_of(run);
     const Tensor* d = device_tensor(g, run, t);
     float* to = device_numbers(g, what, d) + first;
-    CUDA(cudaMemcpyAsync(to, numbers, count * sizeof(float), cudaMemcpyHostToDevice, g->stream));
+    CUDA(cudaMemcpyAsync(to, numbers, count * sizeof(float), cudaMemcpyHostToDevice, g->main.stream));
     if (what == NUMBERS_PARAMS)
         round_piece_gpu(g->model.weights, g->model.m.params, d, first, count, (uint64_t)run->o.seed, run->step + 1,
-                        g->stream);
-    CUDA(cudaStreamSynchronize(g->stream));
+                        g->main.stream);
+    CUDA(cudaStreamSynchronize(g->main.stream));
 }
 
 static void load_numbers(Gpu* g, const Run* run, NumberKind what, const real* host) {
@@ -3410,7 +3501,7 @@ static void load_numbers(Gpu* g, const Run* run, NumberKind what, const real* ho
         size_t count = moments ? h->piece_size : tensor_size(h);
         if (h->here)
             CUDA(cudaMemcpyAsync(device_numbers(g, what, d), host + (moments ? h->moments : h->first),
-                                 count * sizeof(float), cudaMemcpyHostToDevice, g->stream));
+                                 count * sizeof(float), cudaMemcpyHostToDevice, g->main.stream));
     }
 }
 
@@ -3424,38 +3515,38 @@ static void machine_load(Run* run) {
         const Tensor* d = &g->model.m.tensors[i];
         if (d->here)
             round_piece_gpu(g->model.weights, g->model.m.params, d, 0, tensor_size(d), (uint64_t)run->o.seed, run->step,
-                            g->stream);
+                            g->main.stream);
     }
-    CUDA(cudaStreamSynchronize(g->stream));
+    CUDA(cudaStreamSynchronize(g->main.stream));
 }
 
 // --- a step
 
 // Tokens and targets (rows) of a pass, and for a backward pass the rows grouped by token, onto the device
-static void upload(Gpu* g, DeviceActivations* a, const int32_t* tokens, const int32_t* targets, int first,
-                   int rows, int V) {
+static void upload(Gpu* g, const Pass* p, const int32_t* tokens, const int32_t* targets, int first, int rows) {
+    DeviceActivations* a = p->a;
     Upload* u = &g->uploads[g->next_upload];
     size_t bytes = sizeof(int32_t) * (size_t)rows;
     g->next_upload ^= 1;
     CUDA(cudaEventSynchronize(u->done));        // the copies of two passes ago: long done
     memcpy(u->tokens, tokens, bytes);
-    CUDA(cudaMemcpyAsync(a->tokens + first, u->tokens, bytes, cudaMemcpyHostToDevice, g->stream));
+    CUDA(cudaMemcpyAsync(a->tokens + first, u->tokens, bytes, cudaMemcpyHostToDevice, p->stream));
     if (targets) {
         memcpy(u->targets, targets, bytes);
-        CUDA(cudaMemcpyAsync(a->targets, u->targets, bytes, cudaMemcpyHostToDevice, g->stream));
+        CUDA(cudaMemcpyAsync(a->targets, u->targets, bytes, cudaMemcpyHostToDevice, p->stream));
     }
     if (targets && a->groups.order) {
-        a->groups.count = token_groups(u->order, u->first, u->token, tokens, rows, V);
-        CUDA(cudaMemcpyAsync(a->groups.order, u->order, bytes, cudaMemcpyHostToDevice, g->stream));
-        CUDA(cudaMemcpyAsync(a->groups.token, u->token, bytes, cudaMemcpyHostToDevice, g->stream));
+        a->groups.count = token_groups(u->order, u->first, u->token, tokens, rows, p->d->m.c.V);
+        CUDA(cudaMemcpyAsync(a->groups.order, u->order, bytes, cudaMemcpyHostToDevice, p->stream));
+        CUDA(cudaMemcpyAsync(a->groups.token, u->token, bytes, cudaMemcpyHostToDevice, p->stream));
         CUDA(cudaMemcpyAsync(a->groups.first, u->first, bytes + sizeof(int32_t), cudaMemcpyHostToDevice,
-                             g->stream));
+                             p->stream));
     }
-    CUDA(cudaEventRecord(u->done, g->stream));
+    CUDA(cudaEventRecord(u->done, p->stream));
 }
 
-static Pass gpu_pass(Gpu* g, DeviceActivations* a, int B, int T, int row0) {
-    Pass p = {&g->model, a, &g->lt, g->stream, B, T, row0};
+static Pass gpu_pass(Gpu* g, Queue* queue, DeviceActivations* a, int B, int T, int row0) {
+    Pass p = {&g->model, a, queue, &queue->lt, queue->stream, B, T, row0};
     return p;
 }
 
@@ -3471,35 +3562,35 @@ static __global__ void add_mean_loss_kernel(double* loss, const float* losses, i
     *loss += sum / rows * weight;
 }
 
-static void add_mean_loss(Gpu* g, const Run* run, const float* losses, int rows, double weight) {
-    add_mean_loss_kernel<<<1, 256, 0, g->stream>>>(g->sums + run->model.tensor_count, losses, rows, weight);
+static void add_mean_loss(Gpu* g, const Pass* p, int rows, double weight) {
+    add_mean_loss_kernel<<<1, 256, 0, p->stream>>>(g->sums + p->d->m.tensor_count, p->a->losses, rows, weight);
     LAUNCHED();
 }
 
 // numbers (count) on the host as floats
-static void fetch_numbers(Gpu* g, float* numbers, const floatX* device, size_t count) {
+static void fetch_numbers(const Pass* p, float* numbers, const floatX* device, size_t count) {
     floatX* copy = (floatX*)allocate(count, sizeof(floatX));
-    CUDA(cudaMemcpyAsync(copy, device, count * sizeof(floatX), cudaMemcpyDeviceToHost, g->stream));
-    CUDA(cudaStreamSynchronize(g->stream));
+    CUDA(cudaMemcpyAsync(copy, device, count * sizeof(floatX), cudaMemcpyDeviceToHost, p->stream));
+    CUDA(cudaStreamSynchronize(p->stream));
     for (size_t i = 0; i < count; i++) numbers[i] = (float)copy[i];
     free(copy);
 }
 
-typedef struct { Gpu* g; StreamStats* streams; float* state; } Observer;
+typedef struct { StreamStats* streams; float* state; } Observer;
 
 static void observe_state(const Pass* p, int k, void* context) {
     Observer* o = (Observer*)context;
     const Config* c = &p->d->m.c;
     if (!o->state) o->state = (float*)allocate((size_t)p->T * (size_t)(c->n * c->C), sizeof(float));
-    fetch_numbers(o->g, o->state, p->a->state[k], (size_t)p->T * (size_t)(c->n * c->C));
+    fetch_numbers(p, o->state, p->a->state[k], (size_t)p->T * (size_t)(c->n * c->C));
     stream_statistics(&o->streams[k], o->state, p->T, c->n, c->C);
 }
 
 static void machine_zero_gradients(Run* run) {
     Gpu* g = gpu_of(run);
     const Model* m = &g->model.m;
-    CUDA(cudaMemsetAsync(m->grads, 0, m->size * sizeof(float), g->stream));
-    if (head_size(m)) CUDA(cudaMemsetAsync(m->head_grads, 0, head_size(m) * sizeof(float), g->stream));
+    CUDA(cudaMemsetAsync(m->grads, 0, m->size * sizeof(float), g->main.stream));
+    if (head_size(m)) CUDA(cudaMemsetAsync(m->head_grads, 0, head_size(m) * sizeof(float), g->main.stream));
 }
 
 // The place of a part's micro-batch
@@ -3510,118 +3601,134 @@ static DeviceActivations* gpu_slot(Gpu* g, const Run* run, const Part* c, int mi
 
 static WireEvents* wire_events(Gpu* g, const Run* run, const Wire* w) { return &g->wires[w - run->pipe.wires]; }
 
-// What follows in the compute stream may read the wire's data.
-static void use_wire(Gpu* g, const Run* run, const Wire* w) {
-    CUDA(cudaStreamWaitEvent(g->stream, wire_events(g, run, w)->copied, 0));
+// The host is at most two halves ahead of a queue, and messages move along while it waits for that.
+static void keep_pace(Run* run, Queue* queue) {
+    queue->half ^= 1;
+    while (!has_happened(queue->ended[queue->half])) {
+        pipe_progress(run);
+        usleep(20);
+    }
+}
+
+// What comes next in the queue, on a micro-batch's slot and wires or NULL, is after all that was done with them.
+static Pass begin_half(Run* run, Queue* queue, const Part* c, int micro, const Wire* one, const Wire* other) {
+    Gpu* g = gpu_of(run);
+    DeviceActivations* a = gpu_slot(g, run, c, micro);
+    if (run->pipe.stage_count > 1) keep_pace(run, queue);
+    if (a->beside) CUDA(cudaStreamWaitEvent(queue->stream, a->done, 0));
+    for (const Wire* w : {one, other}) {
+        if (!w) continue;
+        CUDA(cudaStreamWaitEvent(queue->stream, wire_events(g, run, w)->used, 0));
+        CUDA(cudaStreamWaitEvent(queue->stream, wire_events(g, run, w)->copied, 0));
+    }
+    return gpu_pass(g, queue, a, run->pipe.B, run->c.T, 0);
+}
+
+static void end_half(Run* run, const Pass* p, const Wire* one, const Wire* other) {
+    if (p->a->beside) CUDA(cudaEventRecord(p->a->done, p->stream));
+    for (const Wire* w : {one, other})
+        if (w) CUDA(cudaEventRecord(wire_events(gpu_of(run), run, w)->used, p->stream));
+    CUDA(cudaEventRecord(p->queue->ended[p->queue->half], p->stream));
 }
 
 static void machine_forward(Run* run, Part* c, int micro, Wire* x, Wire* y) {
     Gpu* g = gpu_of(run);
-    DeviceActivations* a = gpu_slot(g, run, c, micro);
-    int B = run->pipe.B, T = run->c.T;
-    Pass p = gpu_pass(g, a, B, T, 0);
-    if (x) use_wire(g, run, x);
-    if (y) use_wire(g, run, y);                 // its last message has left
+    Pass p = begin_half(run, forward_queue(g), c, micro, x, y);
+    DeviceActivations* a = p.a;
     if (x) a->state[c->stage.first] = (floatX*)x->at;
     if (x && y && c->stage.first == c->stage.last)      // an empty stage
-        CUDA(cudaMemcpyAsync(y->at, x->at, wire_bytes(run), cudaMemcpyDeviceToDevice, g->stream));
+        CUDA(cudaMemcpyAsync(y->at, x->at, wire_bytes(run), cudaMemcpyDeviceToDevice, p.stream));
     if (y) a->state[c->stage.last] = (floatX*)y->at;
-    if (a->tokens) upload(g, a, run->tokens, run->targets, 0, B * T, run->c.V);
-    Observer o = {g, g->streams, NULL};
+    if (a->tokens) upload(g, &p, run->tokens, run->targets, 0, p.B * p.T);
+    Observer o = {g->streams, NULL};
     device_forward(&p, g->streams ? observe_state : NULL, &o);
     free(o.state);
-    if (x && run->pipe.forward_only) CUDA(cudaEventRecord(wire_events(g, run, x)->used, g->stream));
-    if (y) CUDA(cudaEventRecord(wire_events(g, run, y)->used, g->stream));
-    if (!run->pipe.forward_only || !c->stage.heads || g->streams) return;
-    device_head(&p, 0);
-    add_mean_loss(g, run, a->losses, run->loaded * T, run->loaded);
+    if (run->pipe.forward_only && c->stage.heads && !g->streams) {
+        device_head(&p, 0);
+        add_mean_loss(g, &p, run->loaded * p.T, run->loaded);
+    }
+    end_half(run, &p, x, y);
 }
 
 static void machine_backward(Run* run, Part* c, int micro, Wire* dy, bool defer) {
     Gpu* g = gpu_of(run);
-    DeviceActivations* a = gpu_slot(g, run, c, micro);
-    int B = run->pipe.B, T = run->c.T;
-    double sequences = (double)B * (double)run->o.micro_batches * run->pipe.D;
-    Pass p = gpu_pass(g, a, B, T, 0);
-    if (dy) use_wire(g, run, dy);
-    if (dy) a->dstate = (floatX*)dy->at;
+    const Wire* x = c->before >= 0 ? c->x[micro] : NULL;
+    Pass p = begin_half(run, &g->main, c, micro, x, dy);
+    double sequences = (double)p.B * (double)run->o.micro_batches * run->pipe.D;
+    if (dy) p.a->dstate = (floatX*)dy->at;
     if (c->stage.heads) {
-        device_head(&p, (float)(1 / (sequences * T)));
-        add_mean_loss(g, run, a->losses, B * T, 1);
+        device_head(&p, (float)(1 / (sequences * p.T)));
+        add_mean_loss(g, &p, p.B * p.T, 1);
     }
     device_backward(&p, defer);
-    if (dy) CUDA(cudaEventRecord(wire_events(g, run, dy)->used, g->stream));
-    if (c->before >= 0) CUDA(cudaEventRecord(wire_events(g, run, c->x[micro])->used, g->stream));
+    end_half(run, &p, x, dy);
 }
 
 static void machine_backward_weights(Run* run, Part* c, int micro) {
-    Gpu* g = gpu_of(run);
-    Pass p = gpu_pass(g, gpu_slot(g, run, c, micro), run->pipe.B, run->c.T, 0);
+    Pass p = begin_half(run, &gpu_of(run)->main, c, micro, NULL, NULL);
     device_backward_weights(&p);
+    end_half(run, &p, NULL, NULL);
 }
 
 static bool machine_recompute(Run* run, Part* c, int micro) {
     Gpu* g = gpu_of(run);
-    DeviceActivations* a = gpu_slot(g, run, c, micro);
+    const DeviceActivations* a = gpu_slot(g, run, c, micro);
     if (a->shared->resident == a || a->block == 1) return false;
-    Pass p = gpu_pass(g, a, run->pipe.B, run->c.T, 0);
+    const Wire* x = c->before >= 0 ? c->x[micro] : NULL;
+    Pass p = begin_half(run, &g->main, c, micro, x, NULL);
     device_recompute_last_block(&p);
+    end_half(run, &p, x, NULL);
     return true;
 }
 
-// --- messages: through pinned memory, in a stream of their own
+// --- messages: through pinned memory, in streams of their own
 
-static void machine_wire_expected(Run* run, Wire* w) {
-    Gpu* g = gpu_of(run);
-    CUDA(cudaEventSynchronize(wire_events(g, run, w)->copied));     // its message before this one: long read
-}
+static bool machine_wire_free(Run* run, const Wire* w) { return has_happened(wire_events(gpu_of(run), run, w)->copied); }
 
-static void machine_wire_arrived(Run* run, Wire* w) {
+// The wire's data, after all that computes with it
+static void copy_wire(Run* run, Wire* w, const Header* h, bool leaves) {
     Gpu* g = gpu_of(run);
     WireEvents* e = wire_events(g, run, w);
-    CUDA(cudaStreamWaitEvent(g->wire_stream, e->used, 0));
-    CUDA(cudaMemcpyAsync(w->at, w->message + 1, wire_bytes(run), cudaMemcpyHostToDevice, g->wire_stream));
-    CUDA(cudaEventRecord(e->copied, g->wire_stream));
+    cudaStream_t stream = g->wire_streams[h->gradient][leaves];
+    void *there = w->message + 1, *from = leaves ? w->at : there, *to = leaves ? there : w->at;
+    CUDA(cudaStreamWaitEvent(stream, e->used, 0));
+    CUDA(cudaMemcpyAsync(to, from, wire_bytes(run), leaves ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, stream));
+    CUDA(cudaEventRecord(e->copied, stream));
 }
-
-static void machine_wire_leaves(Run* run, Wire* w) {
-    Gpu* g = gpu_of(run);
-    WireEvents* e = wire_events(g, run, w);
-    CUDA(cudaStreamWaitEvent(g->wire_stream, e->used, 0));
-    CUDA(cudaMemcpyAsync(w->message + 1, w->at, wire_bytes(run), cudaMemcpyDeviceToHost, g->wire_stream));
-    CUDA(cudaEventRecord(e->copied, g->wire_stream));
-}
-
-static bool machine_wire_left(Run* run, Wire* w) { return has_happened(wire_events(gpu_of(run), run, w)->copied); }
+static void machine_wire_arrived(Run* run, Wire* w) { copy_wire(run, w, &w->expected, false); }
+static void machine_wire_leaves(Run* run, Wire* w) { copy_wire(run, w, w->message, true); }
+static bool machine_wire_left(Run* run, Wire* w) { return machine_wire_free(run, w); }
 
 // --- a step's end
 
 static void machine_begin_pass(Run* run) {
     Gpu* g = gpu_of(run);
-    CUDA(cudaMemsetAsync(g->sums + run->model.tensor_count, 0, sizeof(double), g->stream));
+    CUDA(cudaMemsetAsync(g->sums + run->model.tensor_count, 0, sizeof(double), g->main.stream));
+    stream_follows(forward_queue(g)->stream, g->main.stream, g->main.turn);
 }
 
 // The pass's losses; this waits for it.
 static void machine_end_pass(Run* run) {
     Gpu* g = gpu_of(run);
     double* loss = g->host_sums + run->model.tensor_count;
-    CUDA(cudaMemcpyAsync(loss, g->sums + run->model.tensor_count, sizeof(double), cudaMemcpyDeviceToHost, g->stream));
-    CUDA(cudaStreamSynchronize(g->stream));
+    stream_follows(g->main.stream, forward_queue(g)->stream, g->main.turn);
+    CUDA(cudaMemcpyAsync(loss, g->sums + run->model.tensor_count, sizeof(double), cudaMemcpyDeviceToHost, g->main.stream));
+    CUDA(cudaStreamSynchronize(g->main.stream));
     run->loss_sum += *loss;
 }
 
 static void machine_end_gradients(Run* run) {
     Gpu* g = gpu_of(run);
     const Model* m = &g->model.m;
-    if (holds_head(m)) add_gradients_gpu(grad(m, WTE, 0), m->head_grads, (size_t)m->c.V * (size_t)m->c.C, g->stream);
+    if (holds_head(m)) add_gradients_gpu(grad(m, WTE, 0), m->head_grads, (size_t)m->c.V * (size_t)m->c.C, g->main.stream);
 }
 
 static void machine_square_sums(Run* run, double* sums) {
     Gpu* g = gpu_of(run);
     size_t bytes = sizeof(double) * (size_t)run->model.tensor_count;
-    square_sums_gpu(&g->optimiser, g->sums, g->model.m.grads, g->stream);
-    CUDA(cudaMemcpyAsync(g->host_sums, g->sums, bytes, cudaMemcpyDeviceToHost, g->stream));
-    CUDA(cudaStreamSynchronize(g->stream));
+    square_sums_gpu(&g->optimiser, g->sums, g->model.m.grads, g->main.stream);
+    CUDA(cudaMemcpyAsync(g->host_sums, g->sums, bytes, cudaMemcpyDeviceToHost, g->main.stream));
+    CUDA(cudaStreamSynchronize(g->main.stream));
     memcpy(sums, g->host_sums, bytes);
 }
 
@@ -3630,13 +3737,13 @@ static void machine_update(Run* run, double lr, double norm) {
     const Options* o = &run->o;
     Update u = {lr, o->beta1, o->beta2, o->eps, o->weight_decay, 1, run->step + 1};
     if (o->grad_clip > 0) u.clip = fmin(1, o->grad_clip / (norm + 1e-6));
-    adamw_gpu(&g->optimiser, &g->model, &u, (uint64_t)o->seed, g->stream);
+    adamw_gpu(&g->optimiser, &g->model, &u, (uint64_t)o->seed, g->main.stream);
 }
 
 static const Tensor* machine_nonfinite(Run* run, bool gradients) {
     Gpu* g = gpu_of(run);
     int tensor =
-        first_nonfinite_gpu(&g->optimiser, gradients ? g->model.m.grads : g->model.m.params, g->stream);
+        first_nonfinite_gpu(&g->optimiser, gradients ? g->model.m.grads : g->model.m.params, g->main.stream);
     return tensor < 0 ? NULL : &run->model.tensors[tensor];
 }
 
@@ -3647,8 +3754,8 @@ static const real* machine_coefficients(Run* run, const Part* c, int k) {
     size_t bytes = sizeof(float) * (size_t)run->pipe.B * (size_t)run->c.T * (size_t)coefficient_count(&run->c);
     if (!bytes) return NULL;
     CUDA(cudaMemcpyAsync(run->acts.sub[k].coef, gpu_slot(g, run, c, 0)->sub[k].coef, bytes, cudaMemcpyDeviceToHost,
-                         g->stream));
-    CUDA(cudaStreamSynchronize(g->stream));
+                         g->main.stream));
+    CUDA(cudaStreamSynchronize(g->main.stream));
     return run->acts.sub[k].coef;
 }
 
@@ -3656,11 +3763,11 @@ static void machine_watch_streams(Run* run, StreamStats* streams) { gpu_of(run)-
 
 static void machine_logits(Run* run, const int32_t* tokens, int length, int known, real* logits) {
     Gpu* g = gpu_of(run);
-    Pass p = gpu_pass(g, &g->infer, 1, length, known);
-    upload(g, &g->infer, tokens + known, NULL, known, length - known, run->c.V);
+    Pass p = gpu_pass(g, &g->main, &g->infer, 1, length, known);
+    upload(g, &p, tokens + known, NULL, known, length - known);
     device_forward(&p, NULL, NULL);
     device_head_logits(&p, length - 1, 1);
-    fetch_numbers(g, logits, g->infer.logits, (size_t)run->c.V);
+    fetch_numbers(&p, logits, g->infer.logits, (size_t)run->c.V);
 }
 
 static void machine_dump(Run* run, real* logits) {
@@ -3679,14 +3786,14 @@ static void machine_dump(Run* run, real* logits) {
         machine_read(run, NUMBERS_GRADS, h, 0, tensor_size(h), run->model.grads + h->first);
     }
     CUDA(cudaMemcpyAsync(run->acts.losses, g->acts.losses, sizeof(float) * (size_t)rows, cudaMemcpyDeviceToHost,
-                         g->stream));
-    Pass p = gpu_pass(g, &g->acts, (int)run->o.batch, run->c.T, 0);
+                         g->main.stream));
+    Pass p = gpu_pass(g, &g->main, &g->acts, (int)run->o.batch, run->c.T, 0);
     int Vp = padded_vocabulary(&run->c), most = min_int(rows, DUMP_ROWS);
     float* padded = (float*)allocate((size_t)most * (size_t)Vp, sizeof(float));
     for (int r = 0; r < rows; r += most) {
         int count = min_int(most, rows - r);
         device_head_logits(&p, r, count);
-        fetch_numbers(g, padded, g->acts.logits, (size_t)count * (size_t)Vp);
+        fetch_numbers(&p, padded, g->acts.logits, (size_t)count * (size_t)Vp);
         for (int i = 0; i < count; i++, logits += V)
             memcpy(logits, padded + (size_t)i * (size_t)Vp, sizeof(float) * (size_t)V);
     }

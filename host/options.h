@@ -23,6 +23,7 @@ enum LrSchedule { SCHEDULE_COSINE, SCHEDULE_WSD, SCHEDULE_LINEAR, SCHEDULE_STEP,
 enum OnSpike { SPIKE_STOP, SPIKE_SKIP, SPIKE_IGNORE };
 enum Kernels { KERNELS_PLAIN, KERNELS_FUSED };
 enum Pipeline { PIPELINE_NONE, PIPELINE_1F1B, PIPELINE_DUALPIPEV, PIPELINE_DUALPIPE };
+enum Priority { PRIORITY_NONE, PRIORITY_POST, PRIORITY_RECOMPUTE, PRIORITY_ALL };      // bits
 enum HcMaps { MAP_PRE = 1, MAP_POST = 2, MAP_RES = 4 };    // bits
 
 typedef struct {
@@ -46,7 +47,7 @@ typedef struct {
     long recompute;                             // sublayers, or RECOMPUTE_AUTO
     bool plan;
     // parallel
-    int pipeline;                               // enum Pipeline
+    int pipeline, priority;                     // enum Pipeline, enum Priority
     long ranks;                                 // of a pipeline; 0: all there are, 1 without a pipeline
     char pp_layers[OPTION_SIZE], trace[OPTION_SIZE];
     double timeout, link_gbs, tflops;           // seconds; GB/s, TFLOP/s for plans
@@ -149,6 +150,8 @@ static const OptionRow option_rows[] = {
         "pipeline ranks of a replica; 0: all there are, of which 1 without --pipeline"),
     ROW(PARALLEL, TEXT, "pp-layers", pp_layers, "", "",
         "blocks of each stage in model order, as in 3,5,4,0; none: the split that simulates fastest"),
+    ROW(PARALLEL, CHOICE, "priority", priority, "none", "none|post|recompute|all",
+        "what goes ahead, of a pipeline on a GPU: the kernels that make a message, recomputation, both"),
     ROW(PARALLEL, NUMBER, "timeout", timeout, "120", "> 0", "seconds without progress before a rank gives up"),
     ROW(PARALLEL, PATH, "trace", trace, "", "", "write a timeline of all ranks, for Perfetto"),
     ROW(PARALLEL, SWITCH, "print-schedule", print_schedule, "", "",
