@@ -2485,11 +2485,12 @@ int main(int argc, char** argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     Transport* transport = transport_open(&argc, &argv);
     bool leader = transport->rank == 0;
-    if (!options_parse(&run.o, &run.given, argc, argv, &e)) {
-        if (leader) die("%s", e.text);
-        exit(STATUS_USAGE);
-    }
-    if (run.o.help) {
+    int status = STATUS_DONE;
+    run.pipe.transport = transport;
+    bool parsed = options_parse(&run.o, &run.given, argc, argv, &e);
+    if (!all_well(&run, parsed, &e) || !ranks_agree(&run, &e)) {
+        status = refuse(&run, &e);
+    } else if (run.o.help) {
         if (leader) options_help(stdout, "train_gpt_mhc");
     } else if (run.o.version) {
         if (leader) printf("train_gpt_mhc %s (%s)\n", PROGRAM_VERSION, GIT_HASH);
@@ -2497,11 +2498,9 @@ int main(int argc, char** argv) {
         if (leader) print_schedule(&run);
     } else {
         bool trial = transport->size == 1 && run.o.ranks > 1 && !run.o.plan && transport->loopback;
-        int status = trial ? run_in_one_process(&run, argc, argv) : run_rank(&run, transport, argc, argv);
-        transport_close(transport);
-        return status;
+        status = trial ? run_in_one_process(&run, argc, argv) : run_rank(&run, transport, argc, argv);
     }
     transport_close(transport);
-    return STATUS_DONE;
+    return status;
 }
 #endif

@@ -395,9 +395,9 @@ static bool load_moments(Model* m, const SafeFile* f, Error* e) {
     return true;
 }
 
-// Opens the newest checkpoint of the run's directory all of whose digests are right.
-// False with an empty line: there is none.
-static bool open_newest(SafeFile* f, const char* dir, Error* e) {
+// Opens the newest checkpoint of the run's directory all of whose digests are right, and says, if that is
+// asked for, which are damaged. False with an empty line: there is none.
+static bool open_newest(SafeFile* f, const char* dir, bool say, Error* e) {
     Checkpoints found = rundir_list(dir);
     bool good = false;
     e->text[0] = 0;
@@ -409,7 +409,7 @@ static bool open_newest(SafeFile* f, const char* dir, Error* e) {
             safetensors_close(f);
             good = false;
         }
-        if (!good) fprintf(stderr, "%s%s\n", e->text, i ? "; trying the one before" : "");
+        if (!good && say) fprintf(stderr, "%s%s\n", e->text, i ? "; trying the one before" : "");
     }
     if (!good && found.count)
         fail(e, "%s: found %d checkpoints and none that is whole, expected one", dir, found.count);

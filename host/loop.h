@@ -37,7 +37,10 @@ static int train_steps(Run* run, int argc, char** argv) {
     if (run->step >= run->o.steps && is_leader(run))
         printf("nothing to do: step %ld of %ld is done\n", run->step, run->o.steps);
     while (run->step < run->o.steps) {
-        if (!train_step(run, &r, &e)) break;
+        set_patience(run, true);
+        bool good = train_step(run, &r, &e);
+        set_patience(run, false);
+        if (!good) break;
         mean_seconds = mean_seconds > 0 ? 0.95 * mean_seconds + 0.05 * r.seconds : r.seconds;
         if (r.verdict == VERDICT_STOP) return stop_on_nonfinite(run, &r, mean_seconds);
         if (!after_step(run, &r, mean_seconds, &e)) break;
@@ -72,6 +75,9 @@ static int run_training(Run* run, int argc, char** argv) {
     if (!run->o.resume) rundir_keep(run->o.out, 0);
     if (!runlog_open(&run->log, path, run->o.resume ? run->step : -1, &e)) die("%s", e.text);
     run->peak = machine_peak(run);
+    if (run->pipe.transport->loopback && !is_alone(run))
+        printf("%d ranks in one process: a trial of the schedule, start them with mpirun to be faster\n",
+               run->pipe.transport->size);
     print_model(run);
     machine_print_plan(run);
     if (run->pipe.P > 1) print_pipeline(run);
@@ -98,7 +104,6 @@ static int run_mode(Run* run, int argc, char** argv) {
         return STATUS_SAVE_FAILED;
     }
     if (!run->o.eval) return run_training(run, argc, argv);
-    if (!run->has_val) die("--eval: found no validation data, expected some, name it with --val-data");
     bool good = validation_loss(run, &loss, &e);
     if (!is_leader(run)) return good ? STATUS_DONE : STATUS_USAGE;
     if (!good) die("%s", e.text);
@@ -125,13 +130,9 @@ static void close_run(Run* run) {
 static int run_rank(Run* run, Transport* transport, int argc, char** argv) {
     Error e;
     run->pipe.transport = transport;
-    transport->timeout_s = run->o.timeout;
-    if (!ranks_agree(run, &e)) {
-        if (is_leader(run)) die("%s", e.text);
-        exit(STATUS_USAGE);
-    }
-    if (run->o.plan && is_leader(run) && print_paper_plan(run)) return output_written();
-    open_run_everywhere(run);
+    set_patience(run, false);
+    if (run->o.plan && print_paper_plan(run)) return output_written();
+    if (!open_run_everywhere(run, &e)) return refuse(run, &e);
     int status = run_mode(run, argc, argv);
     close_run(run);
     return status;
@@ -151,7 +152,6 @@ static int run_in_one_process(const Run* like, int argc, char** argv) {
     Loopback* loopback = loopback_open(P, 0);
     RankThread* threads = (RankThread*)allocate((size_t)P, sizeof(RankThread));
     pthread_t* ids = (pthread_t*)allocate((size_t)P, sizeof(pthread_t));
-    printf("%d ranks in one process: a trial of the schedule, start them with mpirun to be faster\n", P);
     for (int r = 0; r < P; r++) {
         RankThread one = {*like, loopback_rank(loopback, r), argc, 0, argv};
         threads[r] = one;

@@ -21,15 +21,29 @@ static double ranks_max(const Run* run, double value) {
     return value;
 }
 
-// Whether all ranks are well. If not, e says why on every rank: the lowest that is not well has said it,
-// unless it is the leader, whose caller does.
+// Whether all ranks are well. If not, e says on every rank what the lowest that is not well says.
 static bool all_well(const Run* run, bool well, Error* e) {
-    const Transport* t = run->pipe.transport;
+    Transport* t = run->pipe.transport;
     int lowest = t->size - (int)ranks_max(run, well ? 0 : t->size - t->rank);
     if (lowest == t->size) return true;
-    if (lowest == t->rank && lowest) fprintf(stderr, "rank %d: %s\n", t->rank, e->text);
-    if (well) fail(e, "rank %d could not go on", lowest);
+    if (lowest == t->rank && lowest) {
+        Error own = *e;
+        fail(e, "rank %d: %.900s", lowest, own.text);
+    }
+    transport_broadcast(t, lowest, e, sizeof *e);
     return false;
+}
+
+// Where no rank can begin the leader says why, and all end alike.
+static int refuse(const Run* run, const Error* e) {
+    if (is_leader(run)) fprintf(stderr, "%s\n", e->text);
+    return STATUS_USAGE;
+}
+
+// How long a rank waits for others. Between steps one alone may read, write or generate for long.
+static void set_patience(Run* run, bool steps) {
+    enum { BETWEEN_STEPS = 10 };
+    run->pipe.transport->timeout_s = run->o.timeout * (steps ? 1 : BETWEEN_STEPS);
 }
 
 // Options and builds that differ would train something that nobody asked for.

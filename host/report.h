@@ -148,6 +148,7 @@ static int stop_on_signal(Run* run, int argc, char** argv) {
     int status = save_and_stop(run, "signal", STATUS_DONE);
     if (status != STATUS_DONE || !is_leader(run)) return status;
     printf("; this goes on:\n ");
+    if (!run->pipe.transport->loopback) printf(" mpirun -np %d", run->pipe.transport->size);
     for (int i = 0; i < argc; i++)
         if (strncmp(argv[i], "--overwrite", 11)) print_quoted(argv[i]);
     if (run->given.by[options_find("overwrite")] == GIVEN_CONFIG) printf(" --overwrite=false");

@@ -117,7 +117,7 @@ static bool open_source(Run* run, SafeFile* f, bool* resume, Error* e) {
     e->text[0] = 0;
     *resume = false;
     if (needed ? !o->init_from[0] : o->resume) {
-        *resume = open_newest(f, o->out, e) && o->resume;
+        *resume = open_newest(f, o->out, is_leader(run), e) && o->resume;
         if (f->strings || e->text[0]) return f->strings != NULL;
         if (needed)
             return fail(e,
@@ -219,7 +219,7 @@ static bool print_paper_plan(const Run* run) {
     in.kind = o->pipeline, in.P = o->ranks ? (int)o->ranks : 1, in.M = (int)o->micro_batches, in.D = 1;
     in.B = (int)o->batch, in.bytes = 2, in.link_gbs = o->link_gbs, in.efficiency = 0.4;
     in.tflops = o->tflops > 0 ? o->tflops : 312;        // A100
-    planner_print(stdout, &in);
+    if (is_leader(run)) planner_print(stdout, &in);
     return true;
 }
 
@@ -238,7 +238,7 @@ static bool place_stages(Run* run, Error* e) {
                     "--ranks: found %d processes, expected a multiple of the pipeline's %d ranks, change -np",
                     size, p->P);
     if (size > 1 && (o->generate[0] || o->dump[0]))
-        return fail(e, "--%s: found %d ranks, expected 1, start it without mpirun",
+        return fail(e, "--%s: found %d ranks, expected 1, start it without mpirun and --ranks",
                     o->dump[0] ? "dump" : "generate", size);
     p->schedule = schedule;
     p->D = o->plan ? 1 : size / p->P;
@@ -255,10 +255,15 @@ static bool place_stages(Run* run, Error* e) {
     return true;
 }
 
+// Whether it trains, and has a directory of its own
+static bool writes_directory(const Options* o) {
+    return !o->eval && !o->generate[0] && !o->dump[0] && !o->plan;
+}
+
 static bool open_run(Run* run, Error* e) {
     SafeFile f;
     Options* o = &run->o;
-    bool trains = !o->eval && !o->generate[0] && !o->dump[0] && !o->plan;
+    bool trains = writes_directory(o);
     memset(&f, 0, sizeof f);
     run->training = !o->eval && !o->generate[0];
     if (!check_options(run, e) || (trains && is_leader(run) && !prepare_directory(run, e))) return false;
@@ -267,6 +272,8 @@ static bool open_run(Run* run, Error* e) {
     if (from_file && !restore_options(run, &f, resume, e)) return false;
     if (from_file) vocabulary_of(run, &f);
     if (!check_options(run, e) || !open_data(run, e) || !check_options(run, e)) return false;
+    if (o->eval && !run->has_val)
+        return fail(e, "--eval: found no validation data, expected some, name it with --val-data");
     run->c = config_of(o);
     if (!place_stages(run, e) || !allocate_run(run, e)) return false;
     if (from_file && !o->plan) {
@@ -279,13 +286,28 @@ static bool open_run(Run* run, Error* e) {
     return !trains || check_windows(run, e);
 }
 
-// All that needs other ranks: a run begins only if it can on every one of them.
-static void open_run_everywhere(Run* run) {
-    Error e;
-    bool good = open_run(run, &e);
-    if (all_well(run, good, &e)) return;
-    if (is_leader(run)) die("%s", e.text);
-    exit(STATUS_USAGE);
+// The leader has made it; the others write their parts of checkpoints into it.
+static bool directory_is_here(const Run* run, Error* e) {
+    char path[RUNDIR_PATH];
+    snprintf(path, sizeof path, "%s/lock", run->o.out);
+    return !writes_directory(&run->o) || access(path, W_OK) == 0 ||
+           fail(e, "%s: cannot be written (%s), expected rank 0's, choose an --out that all ranks share",
+                run->o.out, strerror(errno));
+}
+
+// Files that differ from rank to rank would go unnoticed.
+static bool ranks_begin_alike(const Run* run, Error* e) {
+    char fields[160];
+    snprintf(fields, sizeof fields, "step = %ld\nfingerprint of --data = %016llx\nof --val-data = %016llx\n",
+             run->step, (unsigned long long)tokens_fingerprint(&run->train),
+             (unsigned long long)(run->has_val ? tokens_fingerprint(&run->val) : 0));
+    return transport_agree(run->pipe.transport, fields, e);
+}
+
+// A run begins only if it can on every rank.
+static bool open_run_everywhere(Run* run, Error* e) {
+    bool good = open_run(run, e);
+    return all_well(run, good, e) && all_well(run, directory_is_here(run, e), e) && ranks_begin_alike(run, e);
 }
 
 static void print_schedule(const Run* run) {

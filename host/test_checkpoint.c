@@ -183,7 +183,7 @@ static void test_damage(void) {
         fclose(file);
         bytes[place] ^= 0x10;
         Voice keep = silence();
-        bool good = open_newest(&f, dir, &e);
+        bool good = open_newest(&f, dir, true, &e);
         speak(keep);
         if (!good) continue;
         caught += strstr(f.path, "step_00000027") != NULL;
