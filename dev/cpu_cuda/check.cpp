@@ -159,7 +159,7 @@ void pass_on(const Event& e) {
 // Reports
 
 extern "C" char __executable_start, _end;
-constexpr uint32_t PLACE = 1u << 31;    // with this bit it is an index into `places`, else a return address's offset
+constexpr uint32_t PLACE = 1u << 31;    // with it an index into `places`, else a return address's offset
 std::vector<Place> places;
 
 uint32_t where_of(const void* return_address) {
@@ -187,7 +187,8 @@ std::string other_side(const Record& r, const char* did) {
            ", thread " + text_of(index_of(r.thread, launch.block)) + " at " + text_of(place_of(r.where));
 }
 
-[[noreturn]] void report(const Event& e, const std::string& what, uintptr_t byte, const std::string& other = "") {
+[[noreturn]] void report(const Event& e, const std::string& what, uintptr_t byte,
+                         const std::string& other = "") {
     const void* p = (const void*)byte;
     std::string at = is_shared(byte) ? "byte " + std::to_string(byte - (uintptr_t)current->block->shared)
                      : may_be_device_pointer(p) ? describe(p)

@@ -121,7 +121,8 @@ std::string text_of(uint3 i) {
 [[noreturn]] static void report(std::string text) {
     static std::atomic<bool> reported;
     while (reported.exchange(true)) pause();
-    if (worker) text += std::string("\n    kernel ") + launched->kernel + ", launched at " + text_of(launched->place);
+    if (worker) text += std::string("\n    kernel ") + launched->kernel;
+    if (worker) text += ", launched at " + text_of(launched->place);
     if (current) text += ", block " + text_of(current->block->index) + ", thread " + text_of(current->index);
     fflush(stdout);
     fprintf(stderr, "cpu_cuda: %s\n", text.c_str());
@@ -150,8 +151,8 @@ void stop(Place here, const char* format, ...) {
         groups[" of block " + text_of(t.block->index) + state + mask].push_back(t.number);
     }
     for (auto& [state, threads] : groups)
-        text += "\n    " + std::to_string(threads.size()) + " threads from " + std::to_string(threads.front()) +
-                " to " + std::to_string(threads.back()) + state;
+        text += "\n    " + std::to_string(threads.size()) + " threads from " +
+                std::to_string(threads.front()) + " to " + std::to_string(threads.back()) + state;
     current = nullptr;
     report(text);
 }
@@ -211,7 +212,7 @@ static void fiber_main();
 // Gives t a stack from which cpu_cuda_switch enters fiber_main.
 NO_ADDRESS static void new_fiber(Worker* w, Thread* t) {
     size_t i = (size_t)(t - w->threads.data());
-    size_t colour = i * 832 % PAGE & ~(size_t)63;       // else tops would fight for the same sets of the cache
+    size_t colour = i * 832 % PAGE & ~(size_t)63;       // else tops would fight for the cache's sets
     t->stack = w->stacks + i * STRIDE + PAGE;
     void** top = (void**)(t->stack + STACK - colour) - 8;       // six registers, and where to go
     top[6] = (void*)fiber_main;
@@ -369,7 +370,8 @@ static void check_mask(const Thread* t) {
     if (!gone) return;
     unsigned other = (unsigned)__builtin_ctz(gone);
     const char* why = t->number - lane + other < t->block->threads ? "has exited" : "does not exist";
-    stop(t->place, "%s: the mask 0x%08x of lane %u names lane %u, which %s", t->what, t->mask, lane, other, why);
+    stop(t->place, "%s: the mask 0x%08x of lane %u names lane %u, which %s", t->what, t->mask, lane, other,
+         why);
 }
 
 void warp_together(WarpWork work, void* argument, unsigned mask, const char* what, Place here) {
@@ -486,7 +488,7 @@ void* shared_variable(const void* tag, size_t size, size_t alignment) {
         total += v.size;
     }
     if (total - dynamic > STATIC_LIMIT || total > SHARED_LIMIT)
-        stop({}, "shared memory: %zu bytes of variables and %zu dynamic are too many", total - dynamic, dynamic);
+        stop({}, "shared memory: %zu bytes are too many, %zu of them dynamic", total, dynamic);
     alignment = std::max(alignment, (size_t)16);
     size_t offset = (block->shared_used + gap + alignment - 1) & ~(alignment - 1);
     return open_shared(block, tag, block->shared + offset, size);

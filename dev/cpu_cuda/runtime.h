@@ -26,7 +26,7 @@ constexpr bool address_sanitizer = CPU_CUDA_ADDRESS;    // it watches both, the 
 // Options: CPU_CUDA=order=random:7,lazy,threads=1. A word it does not know ends the program with status 2.
 enum Order { FORWARD, REVERSE, RANDOM };
 struct Options {
-    int threads;                // threads=N        worker threads; 1 in a check build  (processors, at most 16)
+    int threads;                // threads=N        worker threads; 1 in a check build (processors, to 16)
     Order order = FORWARD;      // order=forward | reverse | random:SEED: of blocks, warps and threads
     unsigned seed = 0;
     bool lazy = false;          // lazy             work waits in its stream until something forces it
@@ -154,7 +154,7 @@ enum State : uint8_t { OUTSIDE, UNWRITTEN, WRITTEN };                   // of a 
 void launch_begins(const Launch& launch);
 void block_begins(Block* block);
 void block_ends(Block* block);
-void barrier(Thread* const* threads, size_t count);                     // what they did is before what they do
+void barrier(Thread* const* threads, size_t count);                     // these have met, of one block
 void warp_barrier(Warp* warp, unsigned lanes);
 void grid_barrier();                                                    // all threads of all blocks have met
 void fence();                                                           // __threadfence
