@@ -87,6 +87,28 @@ static void compare(const char* name, const std::vector<float>& device, const st
     remember_bits(device.data(), device.size() * sizeof(float));
     CHECK(error <= tolerance, "%s: relative error %.3g, expected at most %.3g", name, error, tolerance);
 }
+
+// sums (2, threads), largest (2, threads): of two calls at once, as every thread got them
+static __global__ void over_a_block_kernel(float* sums, float* largest, const float* x) {
+    int t = threadIdx.x, threads = blockDim.x;
+    for (int call = 0; call < 2; call++) sums[call * threads + t] = block_sum(x[call * threads + t]);
+    for (int call = 0; call < 2; call++) largest[call * threads + t] = block_max(x[call * threads + t]);
+}
+
+static void test_over_a_block(void) {
+    for (int threads : {32, 96, 1024}) {
+        std::vector<float> x(2 * threads), sum(2 * threads), largest(2 * threads, -INFINITY);
+        for (int i = 0; i < 2 * threads; i++) x[i] = (float)(i * 7 % 13 - 20);      // its sums are exact
+        for (int i = 0; i < 2 * threads; i++)
+            for (int k = i / threads * threads; k < (i / threads + 1) * threads; k++)
+                sum[i] += x[k], largest[i] = fmaxf(largest[i], x[k]);
+        Device<float> x_(x), sums(2 * threads), largest_(2 * threads);
+        over_a_block_kernel<<<1, threads>>>(sums.at, largest_.at, x_.at);
+        compare("sums over a block", sums.get(), sum, 0);
+        compare("largest of a block", largest_.get(), largest, 0);
+    }
+}
+
 // ------------------------------------------------------------------------------------------------
 // Products and linear layers. A product of floatX's is summed in fp32: 1e-5 for sums of at most a few hundred
 // terms in another order. A floatX result is rounded once more: each number by at most half a unit in the
@@ -1728,6 +1750,7 @@ static void test_generation(void) {
 
 int main(int argc, char** argv) {
     static const struct { const char* name; void (*run)(void); } tests[] = {
+        {"over_a_block", test_over_a_block},
         {"linear", test_linear},
         {"head_products", test_head_products},
         {"products_are_kept", test_products_are_kept},
