@@ -53,9 +53,9 @@ KERNELS = "train_gpt_mhc.cu"
 
 # How the sections of the kernels begin -> the parts of test_gpt_mhc.cu that cover them; others: all of it
 PARTS = {
-    "Types, errors": ["classifier", "layernorm"],
+    "Types, errors": ["over_a_block", "layernorm"],
     "Memory 16 bytes": ["add", "gelu", "layernorm"],
-    "Sums over rows": ["sum_columns"],
+    "Sums over rows": ["sum_columns", "layernorm"],
     "tanh approximation": ["gelu", "linear"],
     "embedding": ["embedding"],
     "LayerNorm": ["layernorm", "readout", "connections_forward"],
@@ -93,6 +93,9 @@ EQUIVALENT = {
     ("matmul", "while (rows > 8 * TILE_ROWS && chunks(M, rows) * panels < 3 )"):
         "how rows are divided among threads changes no sum",
     ("matmul", "for (int i0 = 0; i0 <= M; i0 += rows)"): "a block without rows does nothing",
+    ("coef_neutral", "return m < N ? 1.0f / N : m <= 2 * N || (m - 2 * N) / N == (m - 2 * N) % N ? 1 : 0;"):
+        "at m = 2N, which is on the diagonal, both are 1",
+    ("block_combine", "if (lane == 1) partial[warp] = x;"): "every lane has its warp's value",
     ("recompute_block", "return block < 1 ? 1 : block < 3 * run->c.L ? (int)block : 2 * run->c.L;"):
         "more than 2L is refused as an option, and never automatic",
 }
@@ -315,8 +318,10 @@ def index_mutations(code, i, end):
 
 def barrier_mutations(code, i, end):
     """A barrier goes, or waits for less."""
-    if code[i] == "asm" and any(PTX_BARRIER.search(code[j]) for j in range(i, code.partner[i + 2])):
-        yield "barrier", code.drop(i, code.partner[i + 2])
+    if code[i] == "asm":
+        last = code.partner[i + 1 if code[i + 1] == "(" else i + 2]
+        if any(PTX_BARRIER.search(code[j]) for j in range(i, last)):
+            yield "barrier", code.drop(i, last)
     if not BARRIER.fullmatch(code[i]):
         return
     if code[i + 1] == "<":
