@@ -3,22 +3,24 @@
 // times as can be. The plain kernels of train_gpt_mhc.cu say what is computed; these agree with them to
 // rounding, and where they do not fit (fused_fits) those serve.
 //
-//     forward    write_project       y = res x + post f, fn y, 1 / rms(y), pre and post     9 C numbers a token
-//                sinkhorn_forward    the mixing of the next write, beside the sublayer
-//                read_layernorm      LayerNorm(pre y)                                       5 C
-//     back       sinkhorn_backward   dres, dpost to their logits, beside the sublayer
-//                read_backward       dpre, z = d(fn y), LayerNorm's sums                    5 C
-//                state_backward      dy, df, dres, dpost, gradients of fn and LayerNorm    15 C
-//                add_parts           the parameters' gradients from their parts
+//                                                                                    numbers a token
+//     forward   write_project       y = res x + post f, fn y, 1 / rms(y), pre and post            9 C
+//               sinkhorn_forward    the mixing of the next write, beside the sublayer
+//               read_layernorm      LayerNorm(pre y)                                              5 C
+//     back      sinkhorn_backward   dres, dpost to their logits, beside the sublayer
+//               read_backward       dpre, z = d(fn y), LayerNorm's sums                           5 C
+//               state_backward      dy, df, dres, dpost, gradients of fn and LayerNorm           15 C
+//               add_parts           the parameters' gradients from their parts
 //
-// Rounded to bf16, once each: y and LayerNorm(u) on the way forward, dy and df on the way back; u = pre y and du
-// never are. Products: fn in two parts of bf16, as z in the gradient of fn; of dy's fn^T z only the first parts.
+// Rounded to bf16, once each: y and LayerNorm(u) on the way forward, dy and df on the way back; u = pre y and
+// du never are. Products: fn in two parts of bf16, as z in the gradient of fn; of dy's fn^T z the first parts
+// alone.
 // Assumes C % 8 == 0 and tensors that begin at multiples of 16 bytes. No float atomics; any number of rows.
 
 enum { FUSED_N = 4, FUSED_COEFS = FUSED_N * FUSED_N + 2 * FUSED_N, FUSED_TOKENS = 128,
        FUSED_CHANNELS = 2560 };    // at most: read_layernorm keeps them in registers
 
-// Whether these kernels serve a connection: of the modes of train_gpt_mhc.c, with learned maps, columns first.
+// Whether these kernels serve a connection: mhc or ihc of train_gpt_mhc.c, with learned maps, columns first.
 static bool fused_fits(const Config* c) {
     bool maps = c->residual == RESIDUAL_MHC ? c->maps == 7 && c->order == ORDER_CR
                                             : c->residual == RESIDUAL_IHC && (c->maps & 3) == 3;
@@ -35,7 +37,8 @@ __device__ __forceinline__ float half_of(uint32_t pair, int half) {
 }
 __device__ __forceinline__ Piece load_once(const floatX* from) {   // not to be kept in a cache
     float4 raw = __ldcs((const float4*)from);
-    Piece p = {{__float_as_uint(raw.x), __float_as_uint(raw.y), __float_as_uint(raw.z), __float_as_uint(raw.w)}};
+    Piece p = {
+        {__float_as_uint(raw.x), __float_as_uint(raw.y), __float_as_uint(raw.z), __float_as_uint(raw.w)}};
     return p;
 }
 
@@ -61,12 +64,12 @@ __device__ __forceinline__ float mixed(int i, const float (&x)[FUSED_N], float f
 }
 
 // Tiles in shared memory have rows of 32 channels, 64 bytes: where a piece of 16 bytes lies. Pieces change
-// places by the row, so that one piece of each of 8 rows is all 32 banks; tiles begin at multiples of 128 bytes.
+// places by the row, so that one piece of each of 8 rows is all 32 banks; tiles begin at multiples of 128.
 __device__ __forceinline__ int piece_of_32(int row, int piece) {
     return row * 64 + ((piece ^ (row >> 1 & 3)) * 16);
 }
 
-// --- fn in two parts: rounded to bf16, and what that lost. A product with both is exact to 2^-17.
+// --- fn in two parts: rounded to bf16, and what that lost. A product with both is exact to 2^-16.
 
 static __global__ void split_fn_kernel(floatX* split, const float* fn, size_t count) {
     size_t at = (size_t)blockIdx.x * FUSED_TOKENS + threadIdx.x;
@@ -297,8 +300,8 @@ static void write_project_mode(const FusedWrite* w, bool three, cudaStream_t str
     else w->f ? write_project_stages<IDENTITY, true, 2>(w, stream)
               : write_project_stages<IDENTITY, false, 2>(w, stream);
 }
-// shared: bytes that a block may have at most on this device. Three stages where two such blocks fit, as on an
-// H100 (227 KB), else two, as on an A100 (163 KB).
+// shared: bytes that a block may have at most on this device. Three stages where two such blocks fit, as on
+// an H100 (227 KB), else two, as on an A100 (163 KB).
 static void fused_write_project_gpu(const FusedWrite* w, bool identity, int shared, cudaStream_t stream) {
     bool three = 2 * WriteTile<false>::shared(3) <= shared;
     if (identity) write_project_mode<true>(w, three, stream);
@@ -355,7 +358,8 @@ static __global__ void sinkhorn_forward_kernel(float* coef, const float* mix, co
     int tokens = min((int)FUSED_TOKENS, rows - (int)first);
     auto place = [](int token, int i) { return token * FUSED_COEFS + i * FUSED_N; };
     mix += res, coef += res;
-    each_matrix_line(tile, tokens, [=](float* at, int t, int i) { *(float4*)at = *(float4*)(mix + place(t, i)); });
+    each_matrix_line(tile, tokens,
+                     [=](float* at, int t, int i) { *(float4*)at = *(float4*)(mix + place(t, i)); });
     __syncthreads();
     if (threadIdx.x < (unsigned)tokens) {
         float R[FUSED_N * FUSED_N];
@@ -372,7 +376,8 @@ static __global__ void sinkhorn_forward_kernel(float* coef, const float* mix, co
         for (int i = 0; i < FUSED_N; i++) store_4(matrix_line(tile, threadIdx.x, i), R + FUSED_N * i);
     }
     __syncthreads();
-    each_matrix_line(tile, tokens, [=](float* at, int t, int i) { *(float4*)(coef + place(t, i)) = *(float4*)at; });
+    each_matrix_line(tile, tokens,
+                     [=](float* at, int t, int i) { *(float4*)(coef + place(t, i)) = *(float4*)at; });
 }
 // res of coef (rows, 24) from mix (rows, 24)
 static void fused_sinkhorn_forward_gpu(float* coef, const float* mix, const float* base, const float* scale,
@@ -385,9 +390,9 @@ static void fused_sinkhorn_forward_gpu(float* coef, const float* mix, const floa
 // From parts (slabs, 5, rows, 4) of a token's dpost and the rows of dres (in ihc (slabs, 1, rows, 4), dpost
 // alone): the gradients of their logits, post | res. The divisors are kept in shared memory.
 template <bool IDENTITY>
-static __global__ void sinkhorn_backward_kernel(float* dlogit, const float* parts, int slabs, const float* coef,
-                                                const float* mix, const float* base, const float* scale,
-                                                int iters, int rows) {
+static __global__ void sinkhorn_backward_kernel(float* dlogit, const float* parts, int slabs,
+                                                const float* coef, const float* mix, const float* base,
+                                                const float* scale, int iters, int rows) {
     constexpr int LINES = IDENTITY ? 1 : 1 + FUSED_N, ENTRIES = FUSED_N * FUSED_N;
     extern __shared__ __align__(16) float fused_tokens[];       // (threads, LINES, 4), then divisors
     int stride = blockDim.x, thread = threadIdx.x;
@@ -437,12 +442,13 @@ static __global__ void sinkhorn_backward_kernel(float* dlogit, const float* part
     __syncthreads();
     if (thread < tokens)
 #pragma unroll
-        for (int l = 0; l < LINES; l++) store_4(fused_tokens + (thread * LINES + l) * FUSED_N, d + l * FUSED_N);
+        for (int l = 0; l < LINES; l++)
+            store_4(fused_tokens + (thread * LINES + l) * FUSED_N, d + l * FUSED_N);
     __syncthreads();
     for (int e = thread; e < tokens * LINES; e += stride)
         *(float4*)(dlogit + (first * LINES + e) * FUSED_N) = *(float4*)(fused_tokens + e * FUSED_N);
 }
-// dlogit (rows, 20), in ihc (rows, 4); coef, mix (rows, M), base and scale are those of the sublayer that wrote
+// dlogit (rows, 20), in ihc (rows, 4); coef, mix (rows, M), base and scale are the writing sublayer's
 static void fused_sinkhorn_backward_gpu(float* dlogit, const float* parts, int slabs, const float* coef,
                                         const float* mix, const float* base, const float* scale, int iters,
                                         bool identity, int rows, cudaStream_t stream) {
@@ -451,8 +457,8 @@ static void fused_sinkhorn_backward_gpu(float* dlogit, const float* parts, int s
     CUDA(cudaFuncSetAttribute(sinkhorn_backward_kernel<false>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               shared));
     if (identity)
-        sinkhorn_backward_kernel<true><<<blocks, threads, line, stream>>>(dlogit, parts, slabs, coef, mix, base,
-                                                                          scale, iters, rows);
+        sinkhorn_backward_kernel<true>
+            <<<blocks, threads, line, stream>>>(dlogit, parts, slabs, coef, mix, base, scale, iters, rows);
     else
         sinkhorn_backward_kernel<false><<<blocks, threads, shared, stream>>>(dlogit, parts, slabs, coef, mix,
                                                                              base, scale, iters, rows);
@@ -486,7 +492,8 @@ static __global__ void __launch_bounds__(READ_WARPS* WARP)
         for (int e = 0; e < 8; e++) {
             u[v][e] = 0;
 #pragma unroll
-            for (int i = 0; i < FUSED_N; i++) u[v][e] = fmaf(pre[i], half_of(x[i].pair[e / 2], e % 2), u[v][e]);
+            for (int i = 0; i < FUSED_N; i++)
+                u[v][e] = fmaf(pre[i], half_of(x[i].pair[e / 2], e % 2), u[v][e]);
             mean += u[v][e];
         }
     }
@@ -520,7 +527,7 @@ static void fused_read_layernorm_gpu(floatX* ln, float* stats, const floatX* y, 
                                      cudaStream_t stream) {
     assert(C <= FUSED_CHANNELS);
     int blocks = ceil_div(rows, READ_WARPS), threads = READ_WARPS * WARP;
-#define READ(V)                                                                                               \
+#define READ(V) \
     read_layernorm_fused_kernel<V><<<blocks, threads, 0, stream>>>(ln, stats, y, coef, weight, bias, C, rows)
     switch (ceil_div(C, 8 * WARP)) {
         case 1: READ(1); break;
@@ -536,12 +543,13 @@ static void fused_read_layernorm_gpu(floatX* ln, float* stats, const floatX* y, 
 }
 
 // ------------------------------------------------------------------------------------------------
-// The way back, from the input of a sublayer to the logits of its connection: LayerNorm, the read, sigmoids, and
-// the product with fn. A warp has a token and goes over it once: with g = weight dln, what a token needs are
-// sums over channels of g, g xhat, and for each stream of y g, y and y xhat, where xhat = (u - mean) rstd.
+// The way back, from the input of a sublayer to the logits of its connection: LayerNorm, the read, sigmoids,
+// and the product with fn. A warp has a token and goes over it once: with g = weight dln, what a token needs
+// are sums over channels of g, g xhat, and for each stream of y g, y and y xhat; xhat = (u - mean) rstd.
 
 typedef struct {
-    const floatX *y, *dln, *weight;             // (rows, 4, C) state before the sublayer, (rows, C), LayerNorm's (C)
+    const floatX *y, *dln;      // (rows, 4, C) state before the sublayer, (rows, C)
+    const floatX* weight;       // (C) LayerNorm's
     const float *coef, *stats, *mix, *rnorm, *scale;
     const float* dlogit;        // (rows, 20), in ihc (rows, 4): of post | res
     floatX* z;                  // (rows, 2, M) the gradient of fn y: rounded, and what that lost
@@ -570,8 +578,8 @@ __device__ __forceinline__ float warp_sums_16(float (&x)[16]) {
 enum { SUM_YG, SUM_Y = FUSED_N, SUM_YX = 2 * FUSED_N, SUM_G = 3 * FUSED_N, SUM_GX };
 
 // A warp's sums of one token; lane l gets sum l / 2.
-__device__ __forceinline__ float read_sums(const FusedReadBackward& b, size_t row, const float (&pre)[FUSED_N],
-                                           float rstd, float shift) {
+__device__ __forceinline__ float read_sums(const FusedReadBackward& b, size_t row,
+                                           const float (&pre)[FUSED_N], float rstd, float shift) {
     float sums[16] = {};
     const floatX *y = b.y + row * FUSED_N * b.C, *dln = b.dln + row * b.C;
     for (int ch = threadIdx.x % WARP * 8; ch < b.C; ch += WARP * 8) {
@@ -607,7 +615,8 @@ static __global__ void __launch_bounds__(READ_WARPS* WARP) read_backward_fused_k
     constexpr int M = IDENTITY ? 2 * FUSED_N : FUSED_COEFS, MAPS = IDENTITY ? 2 : 3;
     __shared__ float terms[2][READ_WARPS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = lane < 2 * FUSED_N ? lane / FUSED_N : 2;
-    size_t first = (size_t)blockIdx.x * READ_BACKWARD_ROWS, last = min(first + READ_BACKWARD_ROWS, (size_t)b.rows);
+    size_t first = (size_t)blockIdx.x * READ_BACKWARD_ROWS,
+           last = min(first + READ_BACKWARD_ROWS, (size_t)b.rows);
     float factor = lane < M ? b.scale[group] : 0, each = 1.0f / b.C, dbase = 0, dscale = 0;
     for (size_t row = first + warp; row < last; row += READ_WARPS) {
         float pre[FUSED_N], mean = b.stats[row * 2], rstd = b.stats[row * 2 + 1], shift = -mean * rstd;
@@ -616,7 +625,8 @@ static __global__ void __launch_bounds__(READ_WARPS* WARP) read_backward_fused_k
         float sum = __shfl_sync(ALL_LANES, total, 2 * SUM_G) * each;
         float along = __shfl_sync(ALL_LANES, total, 2 * SUM_GX) * each;
         int i = lane % FUSED_N;
-        float yg = __shfl_sync(ALL_LANES, total, 2 * (SUM_YG + i)), y = __shfl_sync(ALL_LANES, total, 2 * (SUM_Y + i));
+        float yg = __shfl_sync(ALL_LANES, total, 2 * (SUM_YG + i)),
+              y = __shfl_sync(ALL_LANES, total, 2 * (SUM_Y + i));
         float yx = __shfl_sync(ALL_LANES, total, 2 * (SUM_YX + i));
         if (lane < FUSED_N) {                   // dpre = y du
             float value = b.coef[row * FUSED_COEFS + lane];
@@ -669,7 +679,8 @@ static void fused_read_backward_gpu(const FusedReadBackward* b, bool identity, c
 
 typedef struct {
     const floatX* dnext;        // (rows, 4, C) gradient of the state after sublayer k
-    const floatX *x, *f;        // (rows, 4, C), (rows, C) state before sublayer k - 1, its output; f NULL: x is y
+    const floatX* x;            // (rows, 4, C) state before sublayer k - 1
+    const floatX* f;            // (rows, C) its output; NULL: x is y
     const float* before;        // (rows, 24) coefficients of sublayer k - 1
     const floatX *dln, *weight, *fn;            // (rows, C), (C), (2, M, 4C) from here on of sublayer k
     const float *coef, *token;  // (rows, 24), (rows, 8)
@@ -686,14 +697,16 @@ template <bool IDENTITY, int SLAB> struct StateTile {           // bytes; a stag
     static constexpr int OUTS = IDENTITY ? 2 * FUSED_N : FUSED_COEFS, LINES = IDENTITY ? 1 : 1 + FUSED_N;
     static constexpr int THREADS = 2 * SLAB, WARPS = THREADS / WARP, PIECES = SLAB / 8;
     static constexpr int X = 0, D = FUSED_N * STATE_TOKENS * SLAB * 2, F = 2 * D, DLN = F + D / FUSED_N;
-    static constexpr int BEFORE = DLN + D / FUSED_N, COEF_LINE = FUSED_COEFS * 4, TOKEN_LINE = TOKEN_TERMS * 4;
+    static constexpr int BEFORE = DLN + D / FUSED_N, COEF_LINE = FUSED_COEFS * 4,
+                         TOKEN_LINE = TOKEN_TERMS * 4;
     static constexpr int COEF = BEFORE + STATE_TOKENS * COEF_LINE, TOKEN = COEF + STATE_TOKENS * COEF_LINE;
     static constexpr int Z = TOKEN + STATE_TOKENS * TOKEN_LINE, Z_LINE = OUTS * 4;
     static constexpr int STAGE = Z + STATE_TOKENS * Z_LINE;
     static constexpr int FN = FUSED_N * OUTS * SLAB * 2, DCOEF = WARPS * STATE_TOKENS * LINES * FUSED_N * 4;
     static constexpr int shared(int stages) { return stages * STAGE + FN + DCOEF; }
     static_assert(THREADS == STATE_TOKENS * PIECES, "a thread has a piece of each stream of a token");
-    static_assert(THREADS >= STATE_TOKENS * (Z_LINE / 16 + 2), "and at most one of each line of coefficients");
+    static_assert(THREADS >= STATE_TOKENS * (Z_LINE / 16 + 2),
+                  "and at most one of each line of coefficients");
 };
 
 // Where a piece lies in rows of SLAB channels: one piece of each of 8 rows is all 32 banks.
@@ -703,13 +716,15 @@ template <int SLAB> __device__ __forceinline__ int piece_of(int row, int piece) 
 
 // The shared address that this lane gives ldmatrix: tokens along a register's index, channels along its high
 // bit; or with tokens_last channels along, tokens along the high bit, as the transposed load wants them.
-template <int SLAB> __device__ __forceinline__ uint32_t fragment_at(uint32_t tile, int row, int piece, bool tokens_last) {
+template <int SLAB>
+__device__ __forceinline__ uint32_t fragment_at(uint32_t tile, int row, int piece, bool tokens_last) {
     int lane = threadIdx.x % WARP, low = lane / 8 % 2, high = lane / 16;
-    return tile + piece_of<SLAB>(row + (tokens_last ? high : low) * 8 + lane % 8, piece + (tokens_last ? low : high));
+    return tile + piece_of<SLAB>(row + (tokens_last ? high : low) * 8 + lane % 8,
+                                 piece + (tokens_last ? low : high));
 }
 
-// Where piece p of a token lies in lines of 2 or 6 pieces: of 4 tokens in 8 neighbours change places, so that one
-// piece of each of 8 tokens is all 32 banks.
+// Where piece p of a token lies in lines of 2 or 6 pieces: neighbours change places in 4 tokens of 8, so that
+// one piece of each of 8 tokens is all 32 banks.
 __device__ __forceinline__ int line_piece(int line, int token, int p) {
     return token * line + ((p ^ (token >> 2 & 1)) * 16);
 }
@@ -720,7 +735,8 @@ __device__ __forceinline__ void copy_line_piece(uint32_t to, const void* from, i
 }
 
 template <bool IDENTITY, bool FIRST, int SLAB>
-__device__ __forceinline__ void state_load(const FusedStateBackward& b, uint32_t stage, size_t first, int slab) {
+__device__ __forceinline__ void state_load(const FusedStateBackward& b, uint32_t stage, size_t first,
+                                           int slab) {
     typedef StateTile<IDENTITY, SLAB> Tile;
     int token = threadIdx.x / Tile::PIECES, piece = threadIdx.x % Tile::PIECES, ch = slab * SLAB + piece * 8;
     size_t row = first + token;
@@ -751,16 +767,18 @@ __device__ __forceinline__ void state_load_fn(const FusedStateBackward& b, uint3
     int piece = threadIdx.x % Tile::PIECES, ch = slab * SLAB + piece * 8;
     for (int line = threadIdx.x / Tile::PIECES; line < FUSED_N * Tile::OUTS; line += STATE_TOKENS) {
         int stream = line / Tile::OUTS, out = line % Tile::OUTS;
-        cp_async_16(fn + piece_of<SLAB>(line, piece), b.fn + ((size_t)out * FUSED_N + stream) * b.C + ch, ch < b.C);
+        cp_async_16(fn + piece_of<SLAB>(line, piece), b.fn + ((size_t)out * FUSED_N + stream) * b.C + ch,
+                    ch < b.C);
     }
 }
 
 // sums[i][h] = fn^T z of stream i, channels by h; z in its rounded part
 template <bool IDENTITY, int SLAB>
-__device__ __forceinline__ void state_project(float (&sums)[FUSED_N][2][4], uint32_t z, uint32_t fn, int piece) {
+__device__ __forceinline__ void state_project(float (&sums)[FUSED_N][2][4], uint32_t z, uint32_t fn,
+                                              int piece) {
     typedef StateTile<IDENTITY, SLAB> Tile;
     int lane = threadIdx.x % WARP;
-    uint32_t a[4], w[4];                        // piece j of a line of z: outputs 8 j ..
+    uint32_t a[4], w[4]; // piece j of a line of z: outputs 8 j ..
     if (!IDENTITY) {
         ldmatrix_x4(a, z + line_piece(Tile::Z_LINE, lane % 16, lane / 16));
 #pragma unroll
@@ -807,7 +825,8 @@ __device__ __forceinline__ void state_sum_fn(float (&dfn)[FUSED_N][StateTile<IDE
 // whose columns are a stream of x, or f, of the same tokens; its diagonal is wanted, which 8 lanes hold.
 template <bool IDENTITY>
 __device__ __forceinline__ void state_sum_coef(float* dcoef, const uint32_t (&dy)[FUSED_N][4],
-                                               const uint32_t (&x)[FUSED_N][4], const uint32_t (&f)[4], int half) {
+                                               const uint32_t (&x)[FUSED_N][4], const uint32_t (&f)[4],
+                                               int half) {
     constexpr int LINES = IDENTITY ? 1 : 1 + FUSED_N;
     int lane = threadIdx.x % WARP, g = lane / 4;
     float found[LINES][FUSED_N];
@@ -831,7 +850,8 @@ __device__ __forceinline__ void state_sum_coef(float* dcoef, const uint32_t (&dy
 
 typedef struct {                // of one token
     float post[FUSED_N], mix[FUSED_N][FUSED_N];                 // post and res of the sublayer before
-    float pre[FUSED_N], next[FUSED_N][FUSED_N], terms[TOKEN_TERMS];     // pre and res of this one, and its terms
+    float pre[FUSED_N], next[FUSED_N][FUSED_N];                 // pre and res of this one
+    float terms[TOKEN_TERMS];
 } StateCoefs;
 
 template <bool IDENTITY, bool FIRST, int SLAB>
@@ -853,7 +873,8 @@ __device__ __forceinline__ void state_coefs(StateCoefs& c, const unsigned char* 
 
 // One channel: y from x and f, rounded; then with its sums the gradient of y and of f
 template <bool IDENTITY, bool FIRST>
-__device__ __forceinline__ void state_mix(float (&y)[FUSED_N], const float (&x)[FUSED_N], float f, const StateCoefs& c) {
+__device__ __forceinline__ void state_mix(float (&y)[FUSED_N], const float (&x)[FUSED_N], float f,
+                                          const StateCoefs& c) {
 #pragma unroll
     for (int i = 0; i < FUSED_N; i++) y[i] = FIRST ? x[i] : mixed<IDENTITY>(i, x, f, c.mix, c.post);
 }
@@ -880,14 +901,17 @@ __device__ __forceinline__ float state_gradient(float (&dy)[FUSED_N], const floa
     return df;
 }
 
-typedef struct { float weight[2][2], dweight[2][2], dbias[2][2]; } StateChannels;       // a lane's, [q / 2][e]
+typedef struct {
+    float weight[2][2], dweight[2][2], dbias[2][2];
+} StateChannels;                // a lane's, [q / 2][e]
 
-// All of a tile that a warp does elementwise. y, dy and df go into the tile, in place of x, dnext and f; dy also
-// into d.
+// All of a tile that a warp does elementwise. y, dy and df go into the tile, in place of x, dnext and f; dy
+// also into d.
 template <bool IDENTITY, bool FIRST, int SLAB>
-__device__ __forceinline__ void state_elements(unsigned char* stage, int piece, const uint32_t (&x)[FUSED_N][4],
-                                               uint32_t (&d)[FUSED_N][4], const uint32_t (&f)[4],
-                                               const uint32_t (&dln)[4], const float (&through)[FUSED_N][2][4],
+__device__ __forceinline__ void state_elements(unsigned char* stage, int piece,
+                                               const uint32_t (&x)[FUSED_N][4], uint32_t (&d)[FUSED_N][4],
+                                               const uint32_t (&f)[4], const uint32_t (&dln)[4],
+                                               const float (&through)[FUSED_N][2][4],
                                                StateChannels& channels) {
     typedef StateTile<IDENTITY, SLAB> Tile;
     int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
@@ -948,7 +972,8 @@ __device__ __forceinline__ void state_store(const FusedStateBackward& b, const u
             *(Piece*)(b.dy + (row * FUSED_N + i) * b.C + ch) =
                 *(const Piece*)(stage + Tile::D + piece_of<SLAB>(i * STATE_TOKENS + token, piece));
         if (!FIRST)
-            *(Piece*)(b.df + row * b.C + ch) = *(const Piece*)(stage + Tile::F + piece_of<SLAB>(token, piece));
+            *(Piece*)(b.df + row * b.C + ch) =
+                *(const Piece*)(stage + Tile::F + piece_of<SLAB>(token, piece));
     }
     int of = threadIdx.x % STATE_TOKENS, line = threadIdx.x / STATE_TOKENS;
     if (FIRST || line >= Tile::LINES || first + of >= (size_t)b.rows) return;
@@ -965,9 +990,9 @@ __device__ __forceinline__ void state_store(const FusedStateBackward& b, const u
 
 // What a block has summed over its tokens
 template <bool IDENTITY, int SLAB>
-__device__ __forceinline__ void state_store_parts(float* parts, StateChannels& channels,
-                                                  const float (&dfn)[FUSED_N][StateTile<IDENTITY, SLAB>::OUTS / 8][4],
-                                                  int ch, int C) {
+__device__ __forceinline__ void state_store_parts(
+    float* parts, StateChannels& channels,
+    const float (&dfn)[FUSED_N][StateTile<IDENTITY, SLAB>::OUTS / 8][4], int ch, int C) {
     constexpr int TILES = StateTile<IDENTITY, SLAB>::OUTS / 8;
     int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -995,7 +1020,8 @@ __device__ __forceinline__ void state_store_parts(float* parts, StateChannels& c
 }
 
 template <bool IDENTITY, bool FIRST, int SLAB, int STAGES>
-static __global__ void __launch_bounds__(2 * SLAB, SLAB == 64 ? 2 : 1) state_backward_fused_kernel(FusedStateBackward b) {
+static __global__ void __launch_bounds__(2 * SLAB, SLAB == 64 ? 2 : 1)
+    state_backward_fused_kernel(FusedStateBackward b) {
     typedef StateTile<IDENTITY, SLAB> Tile;
     extern __shared__ __align__(128) unsigned char fused_shared[];
     uint32_t stages = (uint32_t)__cvta_generic_to_shared(fused_shared), fn = stages + STAGES * Tile::STAGE;
@@ -1078,18 +1104,25 @@ static void state_backward_shape(const FusedStateBackward* b, int shared, cudaSt
 }
 // SLAB: 64 or 128 channels a block; shared: bytes that a block may have at most on this device
 template <int SLAB>
-static void fused_state_backward_gpu(const FusedStateBackward* b, bool identity, int shared, cudaStream_t stream) {
-    if (identity) b->f ? state_backward_shape<true, false, SLAB>(b, shared, stream)
-                       : state_backward_shape<true, true, SLAB>(b, shared, stream);
-    else b->f ? state_backward_shape<false, false, SLAB>(b, shared, stream)
-              : state_backward_shape<false, true, SLAB>(b, shared, stream);
+static void fused_state_backward_gpu(const FusedStateBackward* b, bool identity, int shared,
+                                     cudaStream_t stream) {
+    if (identity)
+        b->f ? state_backward_shape<true, false, SLAB>(b, shared, stream)
+             : state_backward_shape<true, true, SLAB>(b, shared, stream);
+    else
+        b->f ? state_backward_shape<false, false, SLAB>(b, shared, stream)
+             : state_backward_shape<false, true, SLAB>(b, shared, stream);
 }
 
 // ------------------------------------------------------------------------------------------------
-// Gradients of a connection's parameters += the sums of parts, in order: 8 lines of threads take them in turns,
-// then are added.
+// Gradients of a connection's parameters += the sums of parts, in order: 8 lines of threads take them in
+// turns, then are added.
 
-typedef struct { float* to; const float* parts; int count, cols, stride; } PartSum;     // (count, stride), cols of it
+typedef struct {
+    float* to;                  // (cols)
+    const float* parts;         // (count, stride), cols of it
+    int count, cols, stride;
+} PartSum;
 typedef struct { PartSum of[5]; } PartSums;
 
 enum { PART_LINES = 8 };
@@ -1101,7 +1134,8 @@ static __global__ void add_parts_kernel(PartSums sums) {
     PartSum p = sums.of[s];
     int col = block * WARP + threadIdx.x;
     float sum = 0;
-    for (int r = threadIdx.y; r < p.count && col < p.cols; r += PART_LINES) sum += p.parts[(size_t)r * p.stride + col];
+    for (int r = threadIdx.y; r < p.count && col < p.cols; r += PART_LINES)
+        sum += p.parts[(size_t)r * p.stride + col];
     lines[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     for (int l = 1; l < PART_LINES && threadIdx.y == 0; l++) sum += lines[l][threadIdx.x];

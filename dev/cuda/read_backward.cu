@@ -1,10 +1,10 @@
-// read_backward.cu: from the input of a sublayer back to the logits of its connection: LayerNorm, the read u = pre y,
-// sigmoids, the product with fn. Floor: y and dln read: 5 C numbers a token.
+// read_backward.cu: from the input of a sublayer back to the logits of its connection: LayerNorm, the read
+// u = pre y, sigmoids, the product with fn. Floor: y and dln read: 5 C numbers a token.
 
 #include "lab.cuh"
 
-// 1. A warp a token, one number a lane: a first pass over dln and y for the sums that LayerNorm's gradient needs,
-//    a second for dpre = y du, which needs them. Then a thread a token for the logits.
+// 1. A warp a token, one number a lane: a first pass over dln and y for the sums that LayerNorm's gradient
+//    needs, a second for dpre = y du, which needs them. Then a thread a token for the logits.
 static __global__ void naive_read_kernel(float* dpre, float* sums, FusedReadBackward b) {
     size_t row = (blockIdx.x * 256 + threadIdx.x) / WARP, C = b.C;
     int lane = threadIdx.x % WARP;
@@ -46,8 +46,8 @@ static __global__ void naive_logits_kernel(const float* dpre, const float* sums,
         b.z[row * 2 * M + m] = high;
         b.z[(row * 2 + 1) * M + m] = from_float<floatX>(dmix * norm - to_float(high));
     }
-    float terms[TOKEN_TERMS] = {rstd, -b.stats[row * 2] * rstd, rstd * sums[row * 2], rstd * sums[row * 2 + 1],
-                                through * norm * norm / (N * b.C)};
+    float terms[TOKEN_TERMS] = {rstd, -b.stats[row * 2] * rstd, rstd * sums[row * 2],
+                                rstd * sums[row * 2 + 1], through * norm * norm / (N * b.C)};
     for (int e = 0; e < TOKEN_TERMS; e++) b.token[row * TOKEN_TERMS + e] = terms[e];
 }
 
@@ -64,10 +64,12 @@ struct Tensors {
         : dln(random_numbers(32, p.u.size())), base(p.mix.size()), scale_terms(p.mix.size()), z(p.mix.size()),
           shrink(p.rows), sums((size_t)p.rows * 2), y(p.x), d(dln), weight(numbers_at(p.weight(), p.C)),
           split(2 * p.mix.size()), coef(p.coef), stats(p.stats), mix(p.mix), rnorm(p.rnorm),
-          scale(numbers_at(p.scale(), p.identity() ? 2 : 3)), dlogit(reference(p)), token((size_t)p.rows * TOKEN_TERMS),
-          parts((size_t)read_backward_blocks(p.rows) * (p.M + 3)), dpre((size_t)p.rows * N), pair((size_t)p.rows * 2),
-          b{y.at,     d.at,      weight.at, coef.at,  stats.at, mix.at, rnorm.at, scale.at,
-            dlogit.at, split.at, token.at,  parts.at, p.rows,   p.C} {}
+          scale(numbers_at(p.scale(), p.identity() ? 2 : 3)), dlogit(reference(p)),
+          token((size_t)p.rows * TOKEN_TERMS), parts((size_t)read_backward_blocks(p.rows) * (p.M + 3)),
+          dpre((size_t)p.rows * N), pair((size_t)p.rows * 2) {
+        b = {y.at,     d.at,      weight.at, coef.at,  stats.at, mix.at, rnorm.at,
+             scale.at, dlogit.at, split.at,  token.at, parts.at, p.rows, p.C};
+    }
 
     // Fills what the reference finds; returns the part of its logits' gradients that the kernels are given.
     Numbers reference(Point& p) {
@@ -79,12 +81,14 @@ struct Tensors {
         CoefficientGrads g = {dcoef.data(), base.data(), scale_terms.data(), z.data(), shrink.data()};
         a.g = g;
         for (size_t r = 0; r < rows; r += LANES)
-            connection_tokens_backward(&p.m, &a, p.x.data(), &p.s, 1, (int)r, min_int(LANES, (int)(rows - r)));
+            connection_tokens_backward(&p.m, &a, p.x.data(), &p.s, 1, (int)r,
+                                       min_int(LANES, (int)(rows - r)));
         Numbers given(rows * (M - N));
         for (size_t e = 0; e < given.size(); e++) given[e] = base[e / (M - N) * M + N + e % (M - N)];
         for (size_t e = 0; e < rows * C; e++) {
             double g = (double)p.weight()[e % C] * (double)dln[e];
-            sums[e / C * 2] += (float)(g / (double)C), sums[e / C * 2 + 1] += (float)(g * (double)xhat[e] / (double)C);
+            sums[e / C * 2] += (float)(g / (double)C);
+            sums[e / C * 2 + 1] += (float)(g * (double)xhat[e] / (double)C);
         }
         return given;
     }
@@ -105,10 +109,11 @@ static void check(const char* version, Tensors& t, const Point& p) {
     for (size_t r = 0; r < rows; r++) {
         for (size_t m = 0; m < M; m++) z[r * M + m] = split[r * 2 * M + m] + split[(r * 2 + 1) * M + m];
         float mean = p.stats[r * 2], rstd = p.stats[r * 2 + 1];
-        float expected[TOKEN_TERMS] = {rstd, -mean * rstd, rstd * t.sums[r * 2], rstd * t.sums[r * 2 + 1], t.shrink[r]};
+        float expected[TOKEN_TERMS] = {rstd, -mean * rstd, rstd * t.sums[r * 2], rstd * t.sums[r * 2 + 1],
+                                       t.shrink[r]};
         std::copy(expected, expected + TOKEN_TERMS, &terms[r * TOKEN_TERMS]);
     }
-    compare(label, "z", z, t.z, FP32_TOLERANCE);                // two parts: 2^-17 of it is lost
+    compare(label, "z", z, t.z, PARTS_TOLERANCE);
     compare(label, "terms of a token", token, terms, FP32_TOLERANCE);
 }
 
@@ -125,8 +130,8 @@ static void check_parts(Tensors& t, const Point& p) {
 }
 
 static void test() {
-    for (const Case& c : {Case{RESIDUAL_MHC, 64, 37, 20}, Case{RESIDUAL_MHC, 8, 1, 20}, Case{RESIDUAL_MHC, 264, 130, 5},
-                          Case{RESIDUAL_IHC, 40, 70, 20}}) {
+    for (const Case& c : {Case{RESIDUAL_MHC, 64, 37, 20}, Case{RESIDUAL_MHC, 8, 1, 20},
+                          Case{RESIDUAL_MHC, 264, 130, 5}, Case{RESIDUAL_IHC, 40, 70, 20}}) {
         Point p(c);
         Tensors t(p);
         naive(t, p);

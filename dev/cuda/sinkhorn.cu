@@ -1,13 +1,13 @@
-// sinkhorn.cu: the mixing of a token from its logits (mHC Eq. 9), and back. Floor: 64 bytes read and 64 written
-// a token; on the way back 80 bytes for each slab of channels, 64 of logits, 16 of post, and 80 written.
+// sinkhorn.cu: the mixing of a token from its logits (mHC Eq. 9), and back. Floor: 64 bytes read and 64
+// written a token; on the way back 80 for each slab of channels, 64 of logits, 16 of post, and 80 written.
 
 #include "lab.cuh"
 
-// 1. A token a thread, straight from memory and back: lanes are 96 bytes apart, so each 16 bytes are half of a
-//    sector of 32. On the way back the divisors are in local memory, which is memory.
+// 1. A token a thread, straight from memory and back: lanes are 96 bytes apart, so that a sector of 32 bytes
+//    is asked for again for every number. On the way back the divisors are in local memory, which is memory.
 enum { NAIVE_ITERS = 20 };
-static __global__ void naive_forward_kernel(float* coef, const float* mix, const float* base, const float* scale,
-                                            int rows) {
+static __global__ void naive_forward_kernel(float* coef, const float* mix, const float* base,
+                                            const float* scale, int rows) {
     size_t row = (size_t)blockIdx.x * 128 + threadIdx.x;
     if (row >= (size_t)rows) return;
     float R[N * N];
@@ -20,7 +20,8 @@ static __global__ void naive_forward_kernel(float* coef, const float* mix, const
     for (int e = 0; e < N * N; e++) coef[row * COEFS + 2 * N + e] = R[e];
 }
 static __global__ void naive_backward_kernel(float* dlogit, const float* dcoef, const float* coef,
-                                             const float* mix, const float* base, const float* scale, int rows) {
+                                             const float* mix, const float* base, const float* scale,
+                                             int rows) {
     size_t row = (size_t)blockIdx.x * 128 + threadIdx.x;
     if (row >= (size_t)rows) return;
     float R[N * N], d[N * N], divisors[2 * NAIVE_ITERS * N];
@@ -44,8 +45,8 @@ static __global__ void naive_backward_kernel(float* dlogit, const float* dcoef, 
     for (int e = 0; e < N * N; e++) dlogit[row * 5 * N + N + e] = d[e] * R[e];
 }
 
-// 2. sinkhorn_forward_kernel and sinkhorn_backward_kernel of mhc_fused.cuh: the same arithmetic; memory is moved
-//    in whole sectors through shared memory, which also has the divisors.
+// 2. sinkhorn_forward_kernel and sinkhorn_backward_kernel of mhc_fused.cuh: the same arithmetic; memory is
+//    moved in whole sectors through shared memory, which also has the divisors.
 
 // ------------------------------------------------------------------------------------------------
 
@@ -75,8 +76,8 @@ static void naive_forward(Tensors& t, const Point& p) {
     LAUNCHED();
 }
 static void naive_backward(Tensors& t, const Point& p) {
-    naive_backward_kernel<<<ceil_div(p.rows, 128), 128>>>(t.dlogit.at, t.dsum.at, t.coef.at, t.mix.at, t.base.at,
-                                                          t.scale.at, p.rows);
+    naive_backward_kernel<<<ceil_div(p.rows, 128), 128>>>(t.dlogit.at, t.dsum.at, t.coef.at, t.mix.at,
+                                                          t.base.at, t.scale.at, p.rows);
     LAUNCHED();
 }
 static void fused_forward(Tensors& t, const Point& p) {
@@ -120,8 +121,9 @@ static void check(Point& p, Tensors& t, bool fast) {
 }
 
 static void test() {
-    for (const Case& c : {Case{RESIDUAL_MHC, 8, 1, 20}, Case{RESIDUAL_MHC, 8, 150, 20}, Case{RESIDUAL_MHC, 8, 37, 1},
-                          Case{RESIDUAL_MHC, 8, 70, 100}, Case{RESIDUAL_IHC, 8, 70, 20}}) {
+    for (const Case& c :
+         {Case{RESIDUAL_MHC, 8, 1, 20}, Case{RESIDUAL_MHC, 8, 150, 20}, Case{RESIDUAL_MHC, 8, 37, 1},
+          Case{RESIDUAL_MHC, 8, 70, 100}, Case{RESIDUAL_IHC, 8, 70, 20}}) {
         Point p(c);
         Tensors t(p);
         check(p, t, true);
