@@ -1834,6 +1834,13 @@ static bool machine_wire_free(Run* run, const Wire* w);         // asked until a
 static void machine_wire_arrived(Run* run, Wire* w);            // that is there
 static void machine_wire_leaves(Run* run, Wire* w);             // before its message is sent:
 static bool machine_wire_left(Run* run, Wire* w);               // asked until it can be
+// Slices of a tensor, one of each rank that holds it: of gradients the own one, `mine`, becomes the sum of all
+// ranks', of parameters the others' come here. False: nothing is done, the numbers move through the host.
+typedef struct { size_t first, count; int rank; } Slice;
+static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const Slice* slices, int count, int mine);
+static void machine_exchanged(Run* run);                        // waits for all of them
+static void machine_choose(const Run* run);     // before it is opened, by all ranks: which device is whose
+static void machine_join(Run* run);             // when it is open everywhere: how ranks exchange
 static void machine_begin_pass(Run* run);
 static void machine_end_pass(Run* run);                         // run->loss_sum is there
 // The step's own gradients are complete; then the sums of squares of those that are updated here.
@@ -1905,6 +1912,13 @@ static bool machine_can(const Run* run, Error* e) {
 
 static bool machine_open(Run* run, Error* e) { return run && e; }
 static void machine_load(Run* run) { (void)run; }
+static void machine_choose(const Run* run) { (void)run; }
+static void machine_join(Run* run) { (void)run; }
+static void machine_exchanged(Run* run) { (void)run; }
+static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const Slice* slices, int count, int mine) {
+    (void)run, (void)what, (void)t, (void)slices, (void)count, (void)mine;
+    return false;
+}
 static void machine_begin_pass(Run* run) { (void)run; }
 static void machine_end_pass(Run* run) { (void)run; }
 static bool machine_wire_free(Run* run, const Wire* w) { return run && w; }
@@ -2024,6 +2038,7 @@ static void machine_dump(Run* run, real* logits) {
 #endif
 
 #include "host/batches.h"
+#include "host/wires.h"
 
 // ------------------------------------------------------------------------------------------------
 // The executor: runs a rank's action list, whatever schedule made it. Messages carry tags, so that receives
@@ -2106,68 +2121,6 @@ static Part* part_at(Pipe* p, int stage, int direction) {
     return &p->parts[i];
 }
 
-static Wire* wire_free(const Pipe* p) {
-    Wire* w = p->wires;
-    while (w < p->wires + p->wire_count && w->state != WIRE_FREE) w++;
-    assert(w < p->wires + p->wire_count);       // the books keep count
-    return w;
-}
-
-static Wire* wire_take(Pipe* p, WireState state, int* books) {
-    Wire* w = wire_free(p);
-    w->state = state;
-    w->books = books;
-    ++*books;
-    return w;
-}
-
-// From now on it counts as another thing; NULL: it is free.
-static void wire_rebook(Wire* w, int* books) {
-    --*w->books;
-    w->books = books;
-    if (books) ++*books;
-    else w->state = WIRE_FREE;
-}
-
-// What goes into `stage`: its input state, or the gradient of its output
-static Header message_header(const Run* run, bool gradient, int stage, int direction, uint32_t micro) {
-    Header h;
-    memset(&h, 0, sizeof h);
-    memcpy(h.magic, "mhc pipe", sizeof h.magic);
-    h.gradient = gradient;
-    h.stage = (uint32_t)stage;
-    h.direction = (uint32_t)direction;
-    h.micro = micro;
-    h.step = (uint64_t)run->step;
-    h.bytes = wire_bytes(run);
-    return h;
-}
-
-// Messages of one tag arrive in order, so that numbers may come again after 1024 micro-batches.
-static int message_tag(const Header* h) {
-    return (int)(((h->stage * 2 + h->gradient) * 2 + h->direction) << 10 | (h->micro & 1023));
-}
-
-static int world_rank(const Pipe* p, int rank) { return p->replica * p->P + rank; }
-
-static void wire_receive(Run* run, const Part* c, const Action* a) {
-    Pipe* p = &run->pipe;
-    Part* part = (Part*)c;
-    bool gradient = a->kind != ACTION_F;
-    Wire* w = wire_take(p, WIRE_RECEIVING, gradient ? &part->dy_used : &part->x_used);
-    w->expected = message_header(run, gradient, c->index, c->direction, a->micro);
-    w->request = transport_receive(p->transport, world_rank(p, gradient ? c->after : c->before),
-                                   message_tag(&w->expected), w->message, sizeof(Header) + wire_bytes(run));
-    (gradient ? c->dy : c->x)[a->micro] = w;
-}
-
-static void wire_send(Run* run, Wire* w, int peer, int stage, const Action* a) {
-    *w->message = message_header(run, a->kind != ACTION_F, stage, a->direction, a->micro);
-    w->peer = world_rank(&run->pipe, peer);
-    w->state = WIRE_LEAVING;
-    machine_wire_leaves(run, w);
-}
-
 // Posts receives in the order of their use, as far as there are wires for them.
 static void post_receives(Run* run) {
     Pipe* p = &run->pipe;
@@ -2181,19 +2134,6 @@ static void post_receives(Run* run) {
         if (!machine_wire_free(run, wire_free(p))) return;
         wire_receive(run, c, a);
     }
-}
-
-static void check_header(const Run* run, const Wire* w) {
-    if (!memcmp(w->message, &w->expected, sizeof(Header))) return;
-    const Header *found = w->message, *expected = &w->expected;
-    fprintf(stderr,
-            "rank %d: found a message for step %llu, stage %u, micro-batch %u, %llu bytes, expected step "
-            "%llu, stage "
-            "%u, micro-batch %u, %llu bytes: the ranks do not run the same program\n",
-            run->pipe.transport->rank, (unsigned long long)found->step, found->stage, found->micro,
-            (unsigned long long)found->bytes, (unsigned long long)expected->step, expected->stage,
-            expected->micro, (unsigned long long)expected->bytes);
-    transport_abort(run->pipe.transport, STATUS_USAGE);
 }
 
 // Moves messages along. Called also between sublayers: no one else does while this rank computes.
@@ -2440,7 +2380,7 @@ static bool accumulate_gradients(Run* run, StepReport* r, Error* e) {
     run->loss_sum = 0;
     bool good = pipe_run(run, M, (int)run->o.batch, false, training_batch, e);
     machine_end_gradients(run);
-    exchange(run, reduce_slice);
+    exchange(run, NUMBERS_GRADS);
     machine_square_sums(run, run->sums);
     run->sums[count] = run->loss_sum;
     transport_sum(run->pipe.transport, run->sums, count + 1);
@@ -2458,7 +2398,7 @@ static void finish_step(Run* run, StepReport* r) {
     if (r->verdict == VERDICT_STOP) return;
     if (r->verdict == VERDICT_APPLY) {
         machine_update(run, r->lr, r->norm);
-        exchange(run, gather_slice);
+        exchange(run, NUMBERS_PARAMS);
         spikes_accept(&run->spikes, r->loss);
     }
     run->skipped = r->verdict == VERDICT_SKIP ? run->skipped + 1 : 0;

@@ -11,6 +11,9 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef HAVE_NCCL
+#include <nccl.h>
+#endif
 
 #pragma nv_diag_suppress 177    // not all of the reference is used here
 #define GPU_TRAINER             // leaves out what the CPU computes a run with, and main
@@ -273,12 +276,22 @@ static void cublas_check(cublasStatus_t status, const char* call, int line) {
 }
 #define CUBLAS(call) cublas_check(call, #call, __LINE__)
 
+#ifdef HAVE_NCCL
+static void nccl_check(ncclResult_t result, const char* call, int line) {
+    if (result == ncclSuccess) return;
+    fprintf(stderr, "train_gpt_mhc.cu:%d: %s: %s\n", line, call, ncclGetErrorString(result));
+    exit(EXIT_FAILURE);
+}
+#define NCCL(call) nccl_check(call, #call, __LINE__)
+#endif
+
 // In fp32 GELU is ours: how exact the library's tanh is it does not say. In bf16 it goes into the product
 // from Hopper on, whose products leave time for it.
 static void lt_open(Lt* lt, void* workspace, size_t bytes) {
-    int major = 0;
+    int major = 0, device = 0;
     memset(lt, 0, sizeof *lt);
-    CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     lt->workspace = workspace;
     lt->workspace_bytes = bytes;
     lt->fuses_gelu = sizeof(floatX) == 2 && major >= 9;
@@ -3157,6 +3170,11 @@ typedef struct {
     StreamStats* streams;       // to be filled by forward passes, if not NULL
     char name[256];
     double peak;                // FLOP/s
+    char ways[160];             // on which ranks exchange what
+#ifdef HAVE_NCCL
+    ncclComm_t nccl;            // of all ranks, or NULL
+    float* parts;               // (EXCHANGE) gradients of other ranks
+#endif
 } Gpu;
 
 enum { WORKSPACE_BYTES = 32 << 20, RUNTIME_BYTES = 64 << 20 };      // the latter nobody asks us for
@@ -3166,6 +3184,12 @@ static Gpu* gpu_of(const Run* run) { return (Gpu*)run->machine; }
 static size_t machine_value_bytes(void) { return sizeof(floatX); }
 
 // --- memory
+
+// Whether tensors have several holders
+static bool ranks_share(const Run* run) {
+    const Pipe* p = &run->pipe;
+    return run->training && (p->D > 1 || (p->P > 1 && p->schedule.kind != PIPELINE_DUALPIPEV));
+}
 
 // Of a wire on the host, at the run's batch: header and data, aligned
 static size_t message_bytes(const Run* run) {
@@ -3210,6 +3234,9 @@ static void gpu_layout(Gpu* g, const Run* run, int B) {
 #endif
     g->sums = (double*)device_carve(&g->arena, "data", (size_t)run->model.tensor_count + 1, sizeof(double));
     optimiser_memory(&g->optimiser, &g->arena, &g->model.m);
+#ifdef HAVE_NCCL
+    if (ranks_share(run)) g->parts = carve_f(&g->arena, "messages", EXCHANGE);
+#endif
 }
 
 static void device_activations_open(DeviceActivations* a, const Config* c) {
@@ -3288,11 +3315,13 @@ static bool find_gpu(Gpu* g, bool needed, size_t* available, Error* e) {
     cudaDeviceProp properties;
     *available = 0;
     snprintf(g->name, sizeof g->name, "no GPU");
+    int device = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0)
         return !needed || fail(e, "GPU: found none (%s), expected one; train_gpt_mhc trains on the CPU",
                                error != cudaSuccess ? cudaGetErrorString(error) : "no device");
-    CUDA(cudaGetDeviceProperties(&properties, 0));
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaGetDeviceProperties(&properties, device));
     snprintf(g->name, sizeof g->name, "%s", properties.name);
     g->peak = gpu_peak(g->name);
     CUDA(cudaMemGetInfo(available, &all));
@@ -3425,6 +3454,9 @@ static void machine_close(Run* run) {
     if (!g) return;
     if (g->arena.taking) {
         close_queues(g, &run->pipe);
+#ifdef HAVE_NCCL
+        if (g->nccl) NCCL(ncclCommDestroy(g->nccl));
+#endif
         for (int i = 0; i < g->arena.block_count; i++) CUDA(cudaFree(g->arena.blocks[i]));
         for (int i = 0; i < 2; i++) {
             CUDA(cudaFreeHost(g->uploads[i].tokens));
@@ -3455,6 +3487,7 @@ static double machine_peak(const Run* run) { return gpu_of(run)->peak; }
 static void machine_print_plan(const Run* run) {
     plan_print(stdout, &gpu_of(run)->arena.plan);
     plan_print(stdout, &run->arena);
+    if (gpu_of(run)->ways[0]) printf("ranks: %s\n", gpu_of(run)->ways);
 }
 
 // --- parameters and moments, tensor by tensor: the device's layout has gaps
@@ -3482,15 +3515,18 @@ static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t firs
     CUDA(cudaStreamSynchronize(g->main.stream));
 }
 
+// The rounded copies of a piece of a tensor, as the rank that made its update `step` has them
+static void refresh_copies(Gpu* g, const Run* run, const Tensor* d, size_t first, size_t count, long step) {
+    round_piece_gpu(g->model.weights, g->model.m.params, d, first, count, (uint64_t)run->o.seed, step, g->main.stream);
+}
+
 // Of parameters the copies too, as the rank that updated them has made its own
 static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, const real* numbers) {
     Gpu* g = gpu_of(run);
     const Tensor* d = device_tensor(g, run, t);
     float* to = device_numbers(g, what, d) + first;
     CUDA(cudaMemcpyAsync(to, numbers, count * sizeof(float), cudaMemcpyHostToDevice, g->main.stream));
-    if (what == NUMBERS_PARAMS)
-        round_piece_gpu(g->model.weights, g->model.m.params, d, first, count, (uint64_t)run->o.seed, run->step + 1,
-                        g->main.stream);
+    if (what == NUMBERS_PARAMS) refresh_copies(g, run, d, first, count, run->step + 1);
     CUDA(cudaStreamSynchronize(g->main.stream));
 }
 
@@ -3513,9 +3549,7 @@ static void machine_load(Run* run) {
     if (run->training) load_numbers(g, run, NUMBERS_ADAM_V, run->model.adam_v);
     for (int i = 0; i < run->model.tensor_count; i++) {
         const Tensor* d = &g->model.m.tensors[i];
-        if (d->here)
-            round_piece_gpu(g->model.weights, g->model.m.params, d, 0, tensor_size(d), (uint64_t)run->o.seed, run->step,
-                            g->main.stream);
+        if (d->here) refresh_copies(g, run, d, 0, tensor_size(d), run->step);
     }
     CUDA(cudaStreamSynchronize(g->main.stream));
 }
@@ -3698,6 +3732,142 @@ static void copy_wire(Run* run, Wire* w, const Header* h, bool leaves) {
 static void machine_wire_arrived(Run* run, Wire* w) { copy_wire(run, w, &w->expected, false); }
 static void machine_wire_leaves(Run* run, Wire* w) { copy_wire(run, w, w->message, true); }
 static bool machine_wire_left(Run* run, Wire* w) { return machine_wire_free(run, w); }
+
+// --- ranks: which device is whose, and what goes from device to device
+
+enum { PLACE_SIZE = 128 };
+
+// place (PLACE_SIZE) of each rank; the caller frees them
+static char* gather_places(Transport* t, const char* mine) {
+    char* places = (char*)allocate((size_t)t->size, PLACE_SIZE);
+    snprintf(places + t->rank * PLACE_SIZE, PLACE_SIZE, "%s", mine);
+    for (int r = 0; r < t->size; r++) transport_broadcast(t, r, places + r * PLACE_SIZE, PLACE_SIZE);
+    return places;
+}
+static const char* place_of(const char* places, int rank) { return places + rank * PLACE_SIZE; }
+
+// Processes of a machine take its devices in turns; threads of a process share one.
+static void machine_choose(const Run* run) {
+    Transport* t = run->pipe.transport;
+    char host[PLACE_SIZE] = "";
+    int count = 0, before = 0;
+    if (is_alone(run) || t->loopback) return;
+    gethostname(host, sizeof host - 1);
+    char* hosts = gather_places(t, host);
+    for (int r = 0; r < t->rank; r++) before += !strcmp(place_of(hosts, r), host);
+    if (cudaGetDeviceCount(&count) == cudaSuccess && count) CUDA(cudaSetDevice(before % count));
+    free(hosts);
+}
+
+// Whether two ranks compute on the same device
+static bool ranks_share_devices(Transport* t) {
+    char host[64] = "", bus[32], place[PLACE_SIZE];
+    int device, same = 0;
+    gethostname(host, sizeof host - 1);
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaDeviceGetPCIBusId(bus, sizeof bus, device));
+    snprintf(place, sizeof place, "%s %s", host, bus);
+    char* places = gather_places(t, place);
+    for (int r = 0; r < t->size; r++)
+        for (int other = 0; other < r; other++) same += !strcmp(place_of(places, r), place_of(places, other));
+    free(places);
+    return same > 0;
+}
+
+#ifdef HAVE_NCCL
+static void nccl_open(Gpu* g, const Run* run) {
+    Transport* t = run->pipe.transport;
+    ncclUniqueId id;
+    if (t->rank == 0) NCCL(ncclGetUniqueId(&id));
+    transport_broadcast(t, 0, &id, sizeof id);
+    NCCL(ncclCommInitRank(&g->nccl, t->size, id, t->rank));
+}
+#endif
+
+static void machine_join(Run* run) {
+    Gpu* g = gpu_of(run);
+    if (is_alone(run) || !g->arena.taking) return;
+    bool shared = ranks_share_devices(run->pipe.transport);
+    snprintf(g->ways, sizeof g->ways, "all through host memory%s", shared ? ", as some have the same GPU" : "");
+#ifdef HAVE_NCCL
+    if (shared || !ranks_share(run)) return;
+    nccl_open(g, run);
+    snprintf(g->ways, sizeof g->ways, "gradients and parameters by NCCL, states through host memory");
+#endif
+}
+
+#ifdef HAVE_NCCL
+// own (count) = the sum over `holders` ranks, in their order: parts (holders - 1, count) has what the others sent
+static __global__ void sum_parts_kernel(float* own, const float* parts, size_t count, int holders, int mine) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float sum = 0;
+    for (int j = 0; j < holders; j++) {
+        float x = j == mine ? own[i] : parts[(size_t)(j - (j > mine)) * count + i];
+        sum = j ? sum + x : x;
+    }
+    own[i] = sum;
+}
+
+static void exchange_gradients(Gpu* g, float* grads, const Slice* slices, int count, int mine) {
+    Slice own = slices[mine];
+    NCCL(ncclGroupStart());
+    for (int j = 0; j < count; j++) {
+        const Slice* s = &slices[j];
+        float* part = g->parts + (size_t)(j - (j > mine)) * own.count;
+        if (j == mine) continue;
+        if (s->count) NCCL(ncclSend(grads + s->first, s->count, ncclFloat32, s->rank, g->nccl, g->main.stream));
+        if (own.count) NCCL(ncclRecv(part, own.count, ncclFloat32, s->rank, g->nccl, g->main.stream));
+    }
+    NCCL(ncclGroupEnd());
+    if (!own.count) return;
+    sum_parts_kernel<<<ceil_div(own.count, 256), 256, 0, g->main.stream>>>(grads + own.first, g->parts, own.count,
+                                                                          count, mine);
+    LAUNCHED();
+}
+
+static void exchange_parameters(Gpu* g, float* params, const Slice* slices, int count, int mine) {
+    Slice own = slices[mine];
+    NCCL(ncclGroupStart());
+    for (int j = 0; j < count; j++) {
+        const Slice* s = &slices[j];
+        if (j == mine) continue;
+        if (own.count) NCCL(ncclSend(params + own.first, own.count, ncclFloat32, s->rank, g->nccl, g->main.stream));
+        if (s->count) NCCL(ncclRecv(params + s->first, s->count, ncclFloat32, s->rank, g->nccl, g->main.stream));
+    }
+    NCCL(ncclGroupEnd());
+}
+#endif
+
+static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const Slice* slices, int count, int mine) {
+#ifdef HAVE_NCCL
+    Gpu* g = gpu_of(run);
+    const Tensor* d = device_tensor(g, run, t);
+    float* numbers = device_numbers(g, what, d);
+    if (!g->nccl) return false;
+    if (what == NUMBERS_GRADS) exchange_gradients(g, numbers, slices, count, mine);
+    else exchange_parameters(g, numbers, slices, count, mine);
+    for (int j = 0; j < count && what == NUMBERS_PARAMS; j++)
+        if (j != mine) refresh_copies(g, run, d, slices[j].first, slices[j].count, run->step + 1);
+    return true;
+#else
+    (void)run, (void)what, (void)t, (void)slices, (void)count, (void)mine;
+    return false;
+#endif
+}
+
+// A rank that never comes is noticed as elsewhere.
+static void machine_exchanged(Run* run) {
+#ifdef HAVE_NCCL
+    Gpu* g = gpu_of(run);
+    if (!g->nccl) return;
+    CUDA(cudaEventRecord(g->main.turn, g->main.stream));
+    while (!has_happened(g->main.turn)) transport_idle(run->pipe.transport, "waits for ranks that share its tensors");
+    transport_progressed(run->pipe.transport);
+#else
+    (void)run;
+#endif
+}
 
 // --- a step's end
 

@@ -132,7 +132,9 @@ static int run_rank(Run* run, Transport* transport, int argc, char** argv) {
     run->pipe.transport = transport;
     set_patience(run, false);
     if (run->o.plan && print_paper_plan(run)) return output_written();
+    machine_choose(run);
     if (!open_run_everywhere(run, &e)) return refuse(run, &e);
+    machine_join(run);
     int status = run_mode(run, argc, argv);
     close_run(run);
     return status;

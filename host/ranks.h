@@ -135,12 +135,10 @@ static void deal_pieces(Run* run) {
 
 enum { EXCHANGE = 1 << 20, TAG_EXCHANGE = 1 << 29 }; // numbers in flight to all; above the pipeline's tags
 
-typedef struct { size_t first, count; } Slice;
-
 // The slice at `offset` of holder's piece; empty behind its end
 static Slice slice_of(const Holders* h, const Tensor* t, int holder, size_t offset) {
     size_t size = piece_size(h, t, holder), most = EXCHANGE / (size_t)h->count;
-    Slice s = {piece_first(h, t, holder) + offset, offset < size ? size - offset : 0};
+    Slice s = {piece_first(h, t, holder) + offset, offset < size ? size - offset : 0, h->ranks[holder]};
     s.count = s.count < most ? s.count : most;
     return s;
 }
@@ -154,13 +152,13 @@ static void receive_numbers(const Run* run, int peer, real* numbers, size_t coun
     transport_wait(t, transport_receive(t, peer, TAG_EXCHANGE, numbers, sizeof(real) * count), why);
 }
 
-// My slice of the gradients becomes the sum of the holders', in their order. buffers (2 EXCHANGE)
-static void reduce_slice(Run* run, const Tensor* t, const Holders* h, size_t offset, real* buffers,
-                         int* requests) {
-    Slice mine = slice_of(h, t, h->mine, offset);
+// My slice of the gradients becomes the sum of the holders', in their order. slices, requests (holders)
+static void reduce_slice(Run* run, const Tensor* t, const Holders* h, const Slice* slices, int* requests) {
+    Slice mine = slices[h->mine];
+    real* buffers = run->exchange;
     real *sum = buffers, *one = buffers + EXCHANGE / 2, *out = buffers + EXCHANGE;
     for (int j = 0; j < h->count; j++) {
-        Slice s = slice_of(h, t, j, offset);
+        Slice s = slices[j];
         if (j == h->mine || !s.count) continue;
         machine_read(run, NUMBERS_GRADS, t, s.first, s.count, out);
         requests[j] = send_numbers(run, h->ranks[j], out, s.count);
@@ -174,20 +172,19 @@ static void reduce_slice(Run* run, const Tensor* t, const Holders* h, size_t off
     }
     if (mine.count) machine_write(run, NUMBERS_GRADS, t, mine.first, mine.count, sum);
     for (int j = 0; j < h->count; j++)
-        if (j != h->mine && slice_of(h, t, j, offset).count)
+        if (j != h->mine && slices[j].count)
             transport_wait(run->pipe.transport, requests[j], "waits for its replicas to take gradients");
 }
 
 // My slice of the parameters goes to the other holders, and theirs come here.
-static void gather_slice(Run* run, const Tensor* t, const Holders* h, size_t offset, real* buffers,
-                         int* requests) {
-    Slice mine = slice_of(h, t, h->mine, offset);
-    real* in = buffers + EXCHANGE;
+static void gather_slice(Run* run, const Tensor* t, const Holders* h, const Slice* slices, int* requests) {
+    Slice mine = slices[h->mine];
+    real *buffers = run->exchange, *in = buffers + EXCHANGE;
     if (mine.count) machine_read(run, NUMBERS_PARAMS, t, mine.first, mine.count, buffers);
     for (int j = 0; j < h->count; j++)
         if (j != h->mine && mine.count) requests[j] = send_numbers(run, h->ranks[j], buffers, mine.count);
     for (int j = 0; j < h->count; j++) {
-        Slice s = slice_of(h, t, j, offset);
+        Slice s = slices[j];
         if (j == h->mine || !s.count) continue;
         receive_numbers(run, h->ranks[j], in, s.count, "waits for parameters of its replicas");
         machine_write(run, NUMBERS_PARAMS, t, s.first, s.count, in);
@@ -197,23 +194,31 @@ static void gather_slice(Run* run, const Tensor* t, const Holders* h, size_t off
             transport_wait(run->pipe.transport, requests[j], "waits for its replicas to take parameters");
 }
 
-typedef void ExchangeSlice(Run* run, const Tensor* t, const Holders* h, size_t offset, real* buffers,
-                           int* requests);
+// A slice of each holder's, from device to device if that can be
+static void exchange_slices(Run* run, NumberKind what, const Tensor* t, const Holders* h, size_t offset) {
+    Slice* slices = (Slice*)allocate((size_t)h->count, sizeof(Slice));
+    int* requests = (int*)allocate((size_t)h->count, sizeof(int));
+    for (int j = 0; j < h->count; j++) slices[j] = slice_of(h, t, j, offset);
+    if (machine_exchange(run, what, t, slices, h->count, h->mine)) {}
+    else if (what == NUMBERS_GRADS) reduce_slice(run, t, h, slices, requests);
+    else gather_slice(run, t, h, slices, requests);
+    free(requests);
+    free(slices);
+}
 
-// Every tensor that has several holders, slice by slice
-static void exchange(Run* run, ExchangeSlice* slice) {
+// Gradients or parameters of every tensor that has several holders
+static void exchange(Run* run, NumberKind what) {
     Model* m = &run->model;
     for (int i = 0; i < m->tensor_count && !is_alone(run); i++) {
         const Tensor* t = &m->tensors[i];
         if (!t->here) continue;
         Holders h = holders_of(&run->pipe, t);
-        int* requests = (int*)allocate((size_t)h.count, sizeof(int));
         size_t step = EXCHANGE / (size_t)h.count;
         for (size_t offset = 0; h.count > 1 && offset < h.piece; offset += step)
-            slice(run, t, &h, offset, run->exchange, requests);
-        free(requests);
+            exchange_slices(run, what, t, &h, offset);
         free(h.ranks);
     }
+    machine_exchanged(run);
 }
 
 #endif

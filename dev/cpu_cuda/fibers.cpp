@@ -85,7 +85,7 @@ static Options read_options() {
         else if (number("order=random:%u%c", &o.seed)) o.order = RANDOM;
         else if (!is("order=forward") && !number("threads=%d%c", &o.threads) && !number("sms=%d%c", &o.sms) &&
                  !number("cc=%d%c", &o.capability) && !number("memory=%zu%c", &o.memory) &&
-                 !number("timeout=%d%c", &o.timeout)) {
+                 !number("timeout=%d%c", &o.timeout) && !number("devices=%d%c", &o.devices)) {
             fprintf(stderr, "cpu_cuda: found %s in CPU_CUDA, expected an option of runtime.h\n", word);
             exit(2);
         }

@@ -35,6 +35,7 @@ struct Options {
     int capability = 90;        // cc=80            compute capability
     size_t memory = 16384;      // memory=MB        size of the device's memory; in bytes once it is read
     int timeout = 60;           // timeout=SECONDS  that a rank of a communicator waits for the others
+    int devices = 8;            // devices=N        that a machine has: processes may take one each
 };
 const Options& options();
 

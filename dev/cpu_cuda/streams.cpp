@@ -28,7 +28,7 @@ namespace {
 
 typedef std::lock_guard<std::recursive_mutex> Lock;
 
-constexpr int DEVICES = 8, MAX_THREADS = 1024;
+constexpr int MAX_THREADS = 1024;
 constexpr uint3 MAX_BLOCK = {1024, 1024, 64}, MAX_GRID = {2147483647, 65535, 65535};
 constexpr size_t SHARED_DEFAULT = 48 << 10;
 
@@ -210,18 +210,26 @@ const char* cudaGetErrorString(cudaError_t error) {
 // Devices. There are as many as a machine with GPUs has, so that each of several processes can take its own;
 // one process uses one.
 
-cudaError_t cudaGetDeviceCount(int* count) { return *count = DEVICES, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) { return *count = options().devices, cudaSuccess; }
 
 cudaError_t cudaSetDevice(int device) {
     int& used = streams().device;
-    if (device < 0 || device >= DEVICES) return remember(cudaErrorInvalidDevice);
+    if (device < 0 || device >= options().devices) return remember(cudaErrorInvalidDevice);
     if (used >= 0 && used != device) return remember(cudaErrorDevicesUnavailable);
     used = device;
     return cudaSuccess;
 }
 
+cudaError_t cudaGetDevice(int* device) { return *device = std::max(streams().device, 0), cudaSuccess; }
+
+cudaError_t cudaDeviceGetPCIBusId(char* id, int size, int device) {
+    if (device < 0 || device >= options().devices) return remember(cudaErrorInvalidDevice);
+    int length = snprintf(id, (size_t)size, "0000:%02x:00.0", device + 1);
+    return length < size ? cudaSuccess : remember(cudaErrorInvalidValue);
+}
+
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
-    if (device < 0 || device >= DEVICES) return remember(cudaErrorInvalidDevice);
+    if (device < 0 || device >= options().devices) return remember(cudaErrorInvalidDevice);
     int cc = options().capability;
     *p = {"cpu_cuda", options().memory, SHARED_DEFAULT, WARP, MAX_THREADS, cc / 10, cc % 10, options().sms,
           1, shared_optin()};

@@ -217,6 +217,11 @@ static void test_device(cudaDeviceProp* p) {
     OK(cudaGetDeviceCount(&count));
     CHECK(count >= 1 && cudaSetDevice(0) == cudaSuccess);
     CHECK(cudaSetDevice(count) == cudaErrorInvalidDevice);
+    char id[16];
+    CHECK(cudaGetDevice(&value) == cudaSuccess && value == 0);
+    CHECK(cudaDeviceGetPCIBusId(id, sizeof id, 0) == cudaSuccess && strlen(id) == 12);
+    CHECK(cudaDeviceGetPCIBusId(id, 4, 0) == cudaErrorInvalidValue);
+    CHECK(cudaDeviceGetPCIBusId(id, sizeof id, count) == cudaErrorInvalidDevice);
     CHECK(cudaGetDeviceProperties(p, -1) == cudaErrorInvalidDevice);
     OK(cudaGetDeviceProperties(p, 0));
     CHECK(p->warpSize == 32 && p->maxThreadsPerBlock == 1024 && p->major >= 8 && p->multiProcessorCount > 0);
