@@ -1687,7 +1687,7 @@ static std::vector<float> trained(Run* run, int steps) {
     return all;
 }
 
-// Two updates of every mode, and what else a run asks of the machine: for checks and sanitizers to go through.
+// Two updates of every mode, and what else a run asks of the machine: what checks and sanitizers go through.
 // They learn from a few letters: the built-in corpus takes them long to make.
 static void test_two_updates(void) {
     char path[256];
@@ -1702,7 +1702,8 @@ static void test_two_updates(void) {
         double loss;
         char options[512];
         snprintf(options, sizeof options,
-                 "--residual %s --width 24 --heads 3 --seq 9 --batch 2 --recompute 3 --data %s", residual, path);
+                 "--residual %s --width 24 --heads 3 --seq 9 --batch 2 --recompute 3 --data %s", residual,
+                 path);
         start(&run, options);
         std::vector<float> numbers = trained(&run, 2);
         if (!validation_loss(&run, &loss, &e) || !measure_gains(&run, &gain, &e)) die("%s", e.text);
