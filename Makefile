@@ -117,7 +117,8 @@ build/attention_cudnn.o: dev/cuda/attention_cudnn.h | build
 	$(NVCC) -x c++ -std=c++17 -O2 -Xcompiler -Wall,-Wextra,-Werror -DCUDNN_IMPLEMENTATION $(CUDNN_HEADERS) -c $< -o $@
 
 # NCCL, for ranks with a GPU each; NCCL= leaves it out.
-NCCL = $(shell printf '\#include <nccl.h>\nint main() { return ncclGroupStart() != 0; }\n' > .probe.cu; $(NVCC) -arch=$(or $(ARCH),sm_80) .probe.cu -o .probe -lnccl 2> /dev/null && echo -DHAVE_NCCL -lnccl; rm -f .probe .probe.cu)
+NCCL_PROGRAM = \#include <nccl.h>\nint main() { return ncclGroupStart(); }\n
+NCCL = $(shell printf '$(NCCL_PROGRAM)' > .probe.cu; $(NVCC) -std=c++17 .probe.cu -o .probe -lnccl > /dev/null 2>&1 && echo -DHAVE_NCCL -lnccl; rm -f .probe .probe.cu)
 
 train_gpt_mhc_cuda: train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile $(filter %.o,$(CUDNN))
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(filter -D% -I% -L% -l%,$(MPI)) -lcublasLt $(if $(MPI),$(NCCL)) $(CUDNN)
