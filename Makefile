@@ -120,7 +120,8 @@ build/attention_cudnn.o: dev/cuda/attention_cudnn.h | build
 NCCL_PROGRAM = \#include <nccl.h>\nint main() { return ncclGroupStart(); }\n
 NCCL = $(shell printf '$(NCCL_PROGRAM)' > .probe.cu; $(NVCC) -std=c++17 .probe.cu -o .probe -lnccl > /dev/null 2>&1 && echo -DHAVE_NCCL -lnccl; rm -f .probe .probe.cu)
 
-train_gpt_mhc_cuda: train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile $(filter %.o,$(CUDNN))
+GPU_TRAINER ?= train_gpt_mhc_cuda
+$(GPU_TRAINER): train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile $(filter %.o,$(CUDNN))
 	$(NVCC) $(NVCC_FLAGS) $< -o $@ $(filter -D% -I% -L% -l%,$(MPI)) -lcublasLt $(if $(MPI),$(NCCL)) $(CUDNN)
 
 test_gpt_mhc_cuda: test_gpt_mhc.cu train_gpt_mhc.cu train_gpt_mhc.c $(SOURCES) Makefile $(filter %.o,$(CUDNN))
