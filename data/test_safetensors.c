@@ -15,7 +15,7 @@
 #include "../host/check.h"
 
 // ------------------------------------------------------------------------------------------------
-// The header under test is compiled with our write, fsync, rename and calloc in place of the system's.
+// The header under test is compiled with our pwrite, fsync, rename and calloc in place of the system's.
 
 static char calls[256];             // what happened: w write, f fsync of a file, d of a directory, r rename
 static int call_count, stop_at;     // the call (from 1) that fails, 0: none
@@ -30,11 +30,11 @@ static bool call_fails(char what) {
     return true;
 }
 
-static ssize_t test_write(int file, const void* data, size_t bytes) {
+static ssize_t test_pwrite(int file, const void* data, size_t bytes, off_t offset) {
     if (largest_write && bytes > largest_write) bytes = largest_write;
-    if (!call_fails('w')) return write(file, data, bytes);
+    if (!call_fails('w')) return pwrite(file, data, bytes, offset);
     if (!stop_is_crash) return -1;
-    if (write(file, data, bytes / 2) < 0) _exit(8);
+    if (pwrite(file, data, bytes / 2, offset) < 0) _exit(8);
     _exit(9);
 }
 
@@ -58,12 +58,12 @@ static void expect_calls(int failing, bool crash) {
     stop_is_crash = crash;
 }
 
-#define write test_write
+#define pwrite test_pwrite
 #define fsync test_fsync
 #define rename test_rename
 #define calloc test_calloc
 #include "safetensors.h"
-#undef write
+#undef pwrite
 #undef fsync
 #undef rename
 #undef calloc
