@@ -2567,7 +2567,8 @@ static void device_layout_scratch(DeviceActivations* a, DeviceArena* arena, cons
     a->logits = carve_x(arena, "logits", a->stage.heads ? (size_t)a->head_rows * Vp : 0);
     if (!training) return;
     for (int j = 1; j < block; j++) a->between[j] = carve_x(arena, "streams", state);
-    for (int j = 1; j < block && j < 3 && a->beside; j++) a->passing[j % 2] = carve_x(arena, "streams", state);
+    for (int j = 1; j < block && j < 3; j++)
+        if (a->beside) a->passing[j % 2] = carve_x(arena, "streams", state);
     if (a->stage.embeds && a->stage.heads) a->dstate = carve_x(arena, "backward", state);
     a->dwide = carve_x(arena, "backward", rows * 4 * C);
     a->dln = carve_x(arena, "backward", rows * C);
@@ -2588,7 +2589,7 @@ static void device_activations_layout(DeviceActivations* a, DeviceArena* arena, 
 
 typedef struct {                // work that goes in order, beside that of other queues
     cudaStream_t stream;
-    cudaStream_t urgent;        // of the highest priority, for what --priority names: a part of the queue's order
+    cudaStream_t urgent;        // of the highest priority, for what --priority names: part of the same order
     int priority;               // enum Priority
     cudaEvent_t turn;           // one stream goes on where another is now
     cudaEvent_t ended[2];       // the last two halves of pairs
@@ -3139,9 +3140,9 @@ static int first_nonfinite_gpu(const Optimiser* o, const float* numbers, cudaStr
 }
 
 // ------------------------------------------------------------------------------------------------
-// The machine of a run (its contract is in train_gpt_mhc.c): one GPU, a queue that computes, and under a pipeline a
-// second one, so that the halves of a pair overlap, and streams that move messages between host and device.
-// Halves go into their queues one after the other: the host is far faster than the device, which sees both.
+// The machine of a run (its contract is in train_gpt_mhc.c): one GPU, a queue that computes, and under a
+// pipeline a second one, so that the halves of a pair overlap, and streams that move messages. Halves go into
+// their queues one after the other: the host is far faster than the device, which sees both.
 
 typedef struct {                // pinned, so that a copy does not wait for the work before it
     int32_t *tokens, *targets, *order, *first, *token;
@@ -3517,7 +3518,8 @@ static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t firs
 
 // The rounded copies of a piece of a tensor, as the rank that made its update `step` has them
 static void refresh_copies(Gpu* g, const Run* run, const Tensor* d, size_t first, size_t count, long step) {
-    round_piece_gpu(g->model.weights, g->model.m.params, d, first, count, (uint64_t)run->o.seed, step, g->main.stream);
+    round_piece_gpu(g->model.weights, g->model.m.params, d, first, count, (uint64_t)run->o.seed, step,
+                    g->main.stream);
 }
 
 // Of parameters the copies too, as the rank that updated them has made its own
@@ -3557,7 +3559,8 @@ static void machine_load(Run* run) {
 // --- a step
 
 // Tokens and targets (rows) of a pass, and for a backward pass the rows grouped by token, onto the device
-static void upload(Gpu* g, const Pass* p, const int32_t* tokens, const int32_t* targets, int first, int rows) {
+static void upload(Gpu* g, const Pass* p, const int32_t* tokens, const int32_t* targets, int first,
+                   int rows) {
     DeviceActivations* a = p->a;
     Upload* u = &g->uploads[g->next_upload];
     size_t bytes = sizeof(int32_t) * (size_t)rows;
@@ -3597,7 +3600,8 @@ static __global__ void add_mean_loss_kernel(double* loss, const float* losses, i
 }
 
 static void add_mean_loss(Gpu* g, const Pass* p, int rows, double weight) {
-    add_mean_loss_kernel<<<1, 256, 0, p->stream>>>(g->sums + p->d->m.tensor_count, p->a->losses, rows, weight);
+    add_mean_loss_kernel<<<1, 256, 0, p->stream>>>(g->sums + p->d->m.tensor_count, p->a->losses, rows,
+                                                   weight);
     LAUNCHED();
 }
 
@@ -3644,7 +3648,8 @@ static void keep_pace(Run* run, Queue* queue) {
     }
 }
 
-// What comes next in the queue, on a micro-batch's slot and wires or NULL, is after all that was done with them.
+// What comes next in the queue, on a micro-batch's slot and two wires or NULL, is after all that was done with
+// them.
 static Pass begin_half(Run* run, Queue* queue, const Part* c, int micro, const Wire* one, const Wire* other) {
     Gpu* g = gpu_of(run);
     DeviceActivations* a = gpu_slot(g, run, c, micro);
@@ -3882,7 +3887,8 @@ static void machine_end_pass(Run* run) {
     Gpu* g = gpu_of(run);
     double* loss = g->host_sums + run->model.tensor_count;
     stream_follows(g->main.stream, forward_queue(g)->stream, g->main.turn);
-    CUDA(cudaMemcpyAsync(loss, g->sums + run->model.tensor_count, sizeof(double), cudaMemcpyDeviceToHost, g->main.stream));
+    CUDA(cudaMemcpyAsync(loss, g->sums + run->model.tensor_count, sizeof(double), cudaMemcpyDeviceToHost,
+                         g->main.stream));
     CUDA(cudaStreamSynchronize(g->main.stream));
     run->loss_sum += *loss;
 }
@@ -3890,7 +3896,8 @@ static void machine_end_pass(Run* run) {
 static void machine_end_gradients(Run* run) {
     Gpu* g = gpu_of(run);
     const Model* m = &g->model.m;
-    if (holds_head(m)) add_gradients_gpu(grad(m, WTE, 0), m->head_grads, (size_t)m->c.V * (size_t)m->c.C, g->main.stream);
+    size_t size = (size_t)m->c.V * (size_t)m->c.C;
+    if (holds_head(m)) add_gradients_gpu(grad(m, WTE, 0), m->head_grads, size, g->main.stream);
 }
 
 static void machine_square_sums(Run* run, double* sums) {

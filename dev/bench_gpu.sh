@@ -69,6 +69,34 @@ shape gpt2-xl 1024 4
 shape gpt2 4096 8
 shape gpt2 8192 4
 
+echo; echo "## Pipelines whose ranks share the GPU, fp32, gpt2, 8 micro-batches of 2 sequences"; echo
+losses() { grep '"type":"step"' "$1/run.jsonl" | sed 's/.*"loss":\([^,]*\).*/\1/'; }
+# pipeline RANKS OPTION...: a row; the first run is what others are compared with
+pipeline() {
+    P=$1
+    shift
+    mpi=
+    [ "$P" -gt 1 ] && mpi="mpirun --allow-run-as-root --bind-to none --oversubscribe -np $P"
+    if timeout 300 $mpi "$out/fp32" --model gpt2 --vocab 50257 --batch 2 --micro-batches 8 --steps 8 --gain-every 0 --val-batches 1 \
+        --sample-every 0 --tokens 1 --save-every 0 --out "$out/run" --overwrite "$@" > "$out/log" 2>&1; then
+        losses "$out/run" > "$out/losses"
+        [ -s "$out/first" ] || cp "$out/losses" "$out/first"
+        cmp -s "$out/losses" "$out/first" && equal=equal || equal=DIFFER
+        echo "| $P | $* | $(field "$out/run" step_ms) | $equal |"
+    else echo "| $P | $* | $(tail -n 1 "$out/log") | |"
+    fi
+}
+if make GPU_TRAINER="$out/fp32" "$out/fp32" NVCC="$nvcc" ARCH="$arch" PRECISION=FP32 > "$out/log" 2>&1; then
+    echo "| ranks | options | ms a step | losses |"; echo "|---|---|---|---|"
+    pipeline 1 --recompute 24
+    for priority in none post recompute all; do pipeline 1 --pipeline dualpipev --priority $priority; done
+    for P in 2 4; do
+        pipeline $P --pipeline 1f1b
+        pipeline $P --pipeline dualpipev
+    done
+else tail -n 5 "$out/log"
+fi
+
 echo; echo "## Where the time of a step goes (gpt2, mHC)"; echo
 if command -v nsys > /dev/null; then
     nsys profile -o "$out/profile" ./train_gpt_mhc_cuda --model gpt2 --vocab 50257 --batch 16 --steps 4 --gain-every 0 --val-batches 1 --tokens 1 \

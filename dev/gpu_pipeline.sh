@@ -28,7 +28,7 @@ while [ $i -lt 500 ]; do
 done > "$out/text.txt"
 small="--layers 3 --width 24 --heads 3 --seq 19 --batch 2 --streams 2"
 shape="--data $out/text.txt --steps 2 --warmup 0 --lr 3e-3"
-quiet="--val-batches 2 --val-every 1 --sample-every 0 --gain-every 1 --tokens 1 --overwrite"
+quiet="--val-batches 2 --val-every 1 --sample-every 0 --gain-every 2 --tokens 1 --overwrite"
 
 # train FOLDER PROGRAM OPTION...
 train() {
@@ -36,8 +36,8 @@ train() {
     shift 2
     timeout 120 ${ranks:+mpirun $oversubscribe -np $ranks} "$program" $small $shape $quiet --out "$folder" "$@" > "$out/log" 2>&1
 }
-# What a run has computed: its checkpoint and the losses of its validations
-results() { cat "$out/$1"/step_*2.safetensors; grep '"val"' "$out/$1/run.jsonl"; }
+# What a run has computed: its checkpoint, the losses of its validations, gains
+results() { cat "$out/$1"/step_*2.safetensors; grep -E '"(val|gain)"' "$out/$1/run.jsonl"; }
 # same REFERENCE PROGRAM OPTION...: to the bit what the run in that folder computed
 same() {
     reference=$1
@@ -92,10 +92,10 @@ same alone fp32 --micro-batches 4 --pipeline 1f1b --ranks 2
 same alone fp32 --micro-batches 4 --pipeline 1f1b --ranks 3 --recompute 1 --priority recompute
 CPU_CUDA=threads=1,lazy,order=random:3
 same alone fp32 --micro-batches 4 --pipeline dualpipev --ranks 2 --priority all
+same alone fp32 --micro-batches 4 --pipeline dualpipev --ranks 1 --priority all
 same alone fp32 --micro-batches 4 --pipeline 1f1b --ranks 2
 CPU_CUDA=threads=1
 same alone fp32 --micro-batches 4 --pipeline dualpipev --ranks 2
-same alone fp32 --micro-batches 4 --pipeline dualpipev --ranks 1
 same alone_hc fp32 --micro-batches 3 --residual hc --pipeline dualpipev --ranks 2 --priority all
 same alone_plain fp32 --micro-batches 3 --residual plain --pipeline 1f1b --ranks 2 --priority all
 near alone fp32 --micro-batches 4 --pipeline dualpipe --ranks 2

@@ -11,7 +11,7 @@
 #include <cuda_runtime.h>
 
 // Makes the plans for a shape, where there is a GPU; with training also for the way back. Returns the bytes
-// of workspace that they want.
+// of workspace that they want, each its own: passes there and back may run side by side.
 size_t cudnn_attention_plan(int B, int T, int C, int NH, bool training);
 // What plans work in from now on, those that want no more than that
 void cudnn_attention_workspace(void* memory, size_t bytes);
@@ -42,7 +42,7 @@ typedef std::unordered_map<int64_t, void*> Pointers;            // by Id
 enum Id : int64_t { Q = 1, K, V, OUT, LSE, DOUT, DQ, DK, DV };
 
 struct Shape { int B, T, C, NH; };
-struct Plan { Shape shape; std::unique_ptr<Graph> forward, backward; size_t workspace; };
+struct Plan { Shape shape; std::unique_ptr<Graph> forward, backward; };
 
 static cudnnHandle_t handle;
 static std::vector<Plan> plans;
@@ -127,9 +127,11 @@ static bool serves(const Shape& s) {
     return D % 8 == 0 && D <= 128 && cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 }
 
+// Bytes of workspace, aligned
+static size_t room(const Graph* g) { return g ? ((size_t)g->get_workspace_size() + 255) / 256 * 256 : 0; }
+
 static void build(Plan* p, std::unique_ptr<Graph>* place, std::unique_ptr<Graph> g, const char* what) {
     check(g->build(handle, {fe::HeurMode_t::A}), p->shape, what);
-    p->workspace = std::max(p->workspace, (size_t)g->get_workspace_size());
     *place = std::move(g);
 }
 
@@ -138,10 +140,10 @@ size_t cudnn_attention_plan(int B, int T, int C, int NH, bool training) {
     if (!serves(s)) return 0;
     if (!handle) check(cudnnCreate(&handle), "cudnnCreate");
     Plan* p = find_plan(s);
-    if (!p) p = &plans.emplace_back(Plan{s, nullptr, nullptr, 0});
+    if (!p) p = &plans.emplace_back(Plan{s, nullptr, nullptr});
     if (!p->forward) build(p, &p->forward, forward_graph(s), "plan");
     if (training && !p->backward) build(p, &p->backward, backward_graph(s), "deterministic backward plan");
-    return p->workspace;
+    return room(p->forward.get()) + room(p->backward.get());
 }
 
 void cudnn_attention_workspace(void* memory, size_t bytes) { workspace = memory, workspace_bytes = bytes; }
@@ -152,9 +154,10 @@ static bool aligned(const Pointers& pointers) {
     return true;
 }
 static bool execute(const Plan& p, const Graph* graph, Pointers& pointers, cudaStream_t stream) {
-    if (!graph || p.workspace > workspace_bytes || !aligned(pointers)) return false;
+    size_t first = graph == p.backward.get() ? room(p.forward.get()) : 0;
+    if (!graph || first + room(graph) > workspace_bytes || !aligned(pointers)) return false;
     check(cudnnSetStream(handle, stream), "cudnnSetStream");
-    check(graph->execute(handle, pointers, workspace), p.shape, "way to run its plan");
+    check(graph->execute(handle, pointers, (char*)workspace + first), p.shape, "way to run its plan");
     return true;
 }
 // q, k or v, or its gradient, within a tensor (B, T, 3C) of bf16
