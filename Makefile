@@ -133,6 +133,10 @@ train-gpu: train_gpt_mhc_cuda
 test-gpu:
 	NVCC=$(NVCC) USE_CUDNN=$(USE_CUDNN) CUDNN_FRONTEND=$(CUDNN_FRONTEND) sh dev/gpu_test.sh
 
+# What CI has no time for: every order of threads, and the checks over the whole step
+test-long:
+	LONG=1 $(MAKE) test-gpu
+
 test-cpu-cuda:
 	sh dev/cpu_cuda/test/run.sh
 
@@ -142,4 +146,4 @@ gpu-compile:
 clean:
 	rm -rf build train_gpt_mhc train_gpt_mhc_cuda test_gpt_mhc_cuda
 
-.PHONY: help train train-cpu test deps bench fuzz mutate figures train-gpu test-gpu test-cpu-cuda gpu-compile clean
+.PHONY: help train train-cpu test deps bench fuzz mutate figures train-gpu test-gpu test-long test-cpu-cuda gpu-compile clean
