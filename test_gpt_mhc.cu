@@ -282,6 +282,17 @@ static void test_sum_columns(void) {
     }
 }
 
+// What lies behind the sum is a number, which one more sum would change
+static void test_linear_bias(void) {
+    for (int cols : {1, 11, 100}) {
+        std::vector<float> x = random_numbers(cols, 7 * cols + 1), bias = random_numbers(cols + 1, cols), sum = x;
+        for (int i = 0; i < 7 * cols; i++) sum[i] = rounded(x[i] + bias[i % cols]);
+        Device<floatX> out(x), bias_(bias);
+        add_bias_gpu(out.at, bias_.at, 7, cols, 0);
+        compare("bias", out.get(), sum, 0);
+    }
+}
+
 // Beyond where tanh is 1 to the last bit, around zero, and at every alignment
 static void test_gelu(void) {
     for (size_t count : {1, 7, 64, 1000, 4096}) {
@@ -1753,6 +1764,7 @@ int main(int argc, char** argv) {
     static const struct { const char* name; void (*run)(void); } tests[] = {
         {"over_a_block", test_over_a_block},
         {"linear", test_linear},
+        {"linear_bias", test_linear_bias},
         {"head_products", test_head_products},
         {"products_are_kept", test_products_are_kept},
         {"sum_columns", test_sum_columns},

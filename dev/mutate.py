@@ -3,8 +3,8 @@
 Each function gets a few mutations, drawn by a seed: a sign flipped, a term, a factor or a statement dropped,
 an index swapped, off by one, a constant or a condition changed; and each kernel loses each of its barriers. A
 copy of the tree is built with each and tested up to the first check that fails: the mathematics in double,
-then in float, then in runs; a kernel on the CPU by the tests of its section, in bf16, in fp32, and under
-dev/cpu_cuda's checks. What nothing notices changes no result (the reason is in EQUIVALENT), or a test is
+then in float, then in runs; a kernel on the CPU by the tests of its section, in bf16, in fp32, under
+dev/cpu_cuda's checks and under AddressSanitizer. What nothing notices changes no result (the reason is in EQUIVALENT), or a test is
 missing. The result is dev/MUTATIONS.md.
 """
 import argparse
@@ -32,7 +32,7 @@ BUILDS = {"double": ["test_gpt_mhc.c", "-DREAL=double"], "float": ["test_gpt_mhc
           "runs": ["host/test_checkpoint.c"]}
 KERNEL_FLAGS = "-std=c++17 -O1 -D_GNU_SOURCE -Xcompiler -w,-fopenmp,-ffp-contract=fast".split()
 KERNEL_BUILDS = {"bf16": ["-DPRECISION_BF16"], "fp32": ["-DPRECISION_FP32"],
-                 "check": ["-DPRECISION_BF16", "--check"]}
+                 "check": ["-DPRECISION_BF16", "--check"], "address": ["-DPRECISION_BF16", "--address"]}
 MEMORY, FILE_SIZE, LEAST_SECONDS = 4 << 30, 256 << 20, 10
 
 # Of the trainer everything up to its section about runs is mathematics, but for these: memory, places,
@@ -95,6 +95,10 @@ EQUIVALENT = {
     ("matmul", "for (int i0 = 0; i0 <= M; i0 += rows)"): "a block without rows does nothing",
     ("coef_neutral", "return m < N ? 1.0f / N : m <= 2 * N || (m - 2 * N) / N == (m - 2 * N) % N ? 1 : 0;"):
         "at m = 2N, which is on the diagonal, both are 1",
+    ("token_logits", "a[m] = m < c.M ? factor * coef_gate<N>(m, mix, c) + base[m] : 1;"): "none is read from M on",
+    ("block_sum", "return block_combine(x, 2 * 0.0f, [](float v) { return warp_sum(v); });"): "twice 0 is 0",
+    ("warp_max", "for (int distance = WARP * 2; distance > 0; distance /= 2)"):
+        "a lane beyond the warp gives a lane's own value, and max(x, x) = x",
     ("block_combine", "if (lane == 1) partial[warp] = x;"): "every lane has its warp's value",
     ("recompute_block", "return block < 1 ? 1 : block < 3 * run->c.L ? (int)block : 2 * run->c.L;"):
         "more than 2L is refused as an option, and never automatic",
@@ -493,9 +497,9 @@ class Workshop:
             with os.fdopen(ours, encoding="utf-8", errors="replace") as lines:
                 for line in lines:
                     passed = passed or re.match(r"\d+ passed, 0 failed", line)
-                    found = re.match(r"FAIL (compare:\d+: )?(.*)|cpu_cuda: ([^:]*)", line)
+                    found = re.match(r"FAIL (compare:\d+: )?(.*)|cpu_cuda: ([^:]*)|.*(?:AddressSanitizer|runtime error): ([\w -]*)", line)
                     if found:
-                        failed = " ".join((found.group(2) or found.group(3)).split())
+                        failed = " ".join((found.group(2) or found.group(3) or found.group(4)).split())
                         os.killpg(program.pid, signal.SIGKILL)
                         break
         except OSError:                         # how a terminal says that the other side has closed
@@ -546,7 +550,7 @@ class Workshop:
 class KernelWorkshop(Workshop):
     """For the kernels, run on the CPU: the parts of test_gpt_mhc.cu that cover one, and nothing else of it."""
     LIMITS, PATIENCE = {}, 20                   # device memory is a reserved range of addresses
-    ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CPU_CUDA": "threads=1"}
+    ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CPU_CUDA": "threads=1", "ASAN_OPTIONS": "detect_leaks=0"}
 
     def command(self, name, program):
         return ["dev/cpu_cuda/nvcc", *KERNEL_FLAGS, *KERNEL_BUILDS[name], "test_gpt_mhc.cu", "-o", program]
@@ -581,10 +585,10 @@ class KernelWorkshop(Workshop):
 
     def judge(self, mutation):
         """Threads out of order are soonest seen by a check; what bf16 hides, by fp32."""
-        names = ("bf16", "check", "fp32") if mutation.kind == "barrier" else ("bf16", "fp32", "check")
+        names = ["bf16", "check", "fp32"] if mutation.kind == "barrier" else ["bf16", "fp32", "check"]
         verdict = UNCHANGED
         self.choose(mutation.parts)
-        for name in names:
+        for name in names + ["address"]:
             self.put(KERNELS, mutation.code.text)
             same, self.seconds = self.before(name, mutation.parts)
             self.put(KERNELS, mutation.mutant())
