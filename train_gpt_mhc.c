@@ -1706,12 +1706,12 @@ typedef struct { // goes before the data of every message; the receiver compares
 } Header;
 static_assert(sizeof(Header) == 64, "data behind the header must be aligned like memory of its own");
 
-typedef enum { WIRE_FREE, WIRE_HELD, WIRE_RECEIVING, WIRE_LEAVING, WIRE_SENDING } WireState;
+typedef enum { WIRE_FREE, WIRE_HELD, WIRE_RECEIVING, WIRE_LEAVING, WIRE_SENDING, WIRE_IN_BATCH } WireState;
 
 typedef struct {                // a state (rows, n, C) or its gradient, on its way between stages
     WireState state;
     Header* message;            // header and data, on the host
-    Header expected;            // of what is received
+    Header expected;            // of what is received, or leaves with the next batch
     void* at;                   // the data where the machine computes: on a CPU in the message
     int request, peer;
     int* books;                 // the count that falls when it is free again
@@ -1748,6 +1748,7 @@ typedef struct {
     int next_receive;           // the action that the next receive is for
     int B;                      // sequences of a micro-batch
     bool forward_only, failed;
+    bool batches;               // messages go from device to device, as schedule_program lists them
     bool (*load)(Run* run, long micro, Error* e);   // micro-batch -> the run's tokens and targets
     Error error;
     Trace trace;
@@ -1841,6 +1842,7 @@ static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const S
 static void machine_exchanged(Run* run);                        // waits for all of them
 static void machine_choose(const Run* run);     // before it is opened, by all ranks: which device is whose
 static void machine_join(Run* run);             // when it is open everywhere: how ranks exchange
+static void machine_carry(Run* run, Wire* const* wires, int count);     // a batch of pipe.batches, all at once
 static void machine_begin_pass(Run* run);
 static void machine_end_pass(Run* run);                         // run->loss_sum is there
 // The step's own gradients are complete; then the sums of squares of those that are updated here.
@@ -1915,6 +1917,7 @@ static void machine_load(Run* run) { (void)run; }
 static void machine_choose(const Run* run) { (void)run; }
 static void machine_join(Run* run) { (void)run; }
 static void machine_exchanged(Run* run) { (void)run; }
+static void machine_carry(Run* run, Wire* const* wires, int count) { (void)run, (void)wires, (void)count; }
 static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const Slice* slices, int count, int mine) {
     (void)run, (void)what, (void)t, (void)slices, (void)count, (void)mine;
     return false;
@@ -2124,7 +2127,7 @@ static Part* part_at(Pipe* p, int stage, int direction) {
 // Posts receives in the order of their use, as far as there are wires for them.
 static void post_receives(Run* run) {
     Pipe* p = &run->pipe;
-    for (; p->next_receive < p->list.count; p->next_receive++) {
+    for (; p->next_receive < p->list.count && !p->batches; p->next_receive++) {
         const Action* a = &p->list.at[p->next_receive];
         const Part* c = part_at(p, a->stage, a->direction);
         bool gradient = a->kind != ACTION_F;
@@ -2258,6 +2261,28 @@ static bool wires_at_work(const Pipe* p) {
     return false;
 }
 
+// Messages between two actions, where transports have no tags. States are made anew while a gradient travels.
+static void run_messages(Run* run, const Action* a, int count) {
+    Wire** batch = (Wire**)allocate((size_t)count, sizeof(Wire*));
+    for (int i = 0; i < count; i++) {
+        Part* c = part_at(&run->pipe, a[i].stage, a[i].direction);
+        batch[i] = wire_of_message(run, c, &a[i]);
+        if (a[i].kind == MESSAGE_RECEIVE_DX) machine_recompute(run, c, (int)a[i].micro);
+    }
+    machine_carry(run, batch, count);
+    for (int i = 0; i < count; i++)
+        if (batch[i]->state == WIRE_IN_BATCH) wire_rebook(batch[i], NULL);
+    free((void*)batch);
+}
+
+// How many actions, from the one at i on, run together
+static int count_together(const ActionList* list, int i) {
+    int count = 1 + list->at[i].paired;
+    if (!schedule_is_message(list->at[i].kind)) return count;
+    while (i + count < list->count && schedule_is_message(list->at[i + count].kind)) count++;
+    return count;
+}
+
 // Runs this rank's share of M micro-batches of B sequences, which `load` finds. False if that failed
 // somewhere here: the pass was finished all the same, with what was there.
 static bool pipe_run(Run* run, int M, int B, bool forward_only, bool (*load)(Run*, long, Error*), Error* e) {
@@ -2265,7 +2290,9 @@ static bool pipe_run(Run* run, int M, int B, bool forward_only, bool (*load)(Run
     bool generated = M != p->schedule.M || forward_only;
     p->pass = p->schedule;
     p->pass.M = M;
-    p->list = generated ? schedule_actions(&p->pass, p->rank, forward_only) : p->training;
+    p->list = p->batches  ? schedule_program(&p->pass, p->rank, forward_only)
+              : generated ? schedule_actions(&p->pass, p->rank, forward_only)
+                          : p->training;
     p->B = B;
     p->forward_only = forward_only;
     p->load = load;
@@ -2273,15 +2300,15 @@ static bool pipe_run(Run* run, int M, int B, bool forward_only, bool (*load)(Run
     p->next_receive = 0;
     machine_begin_pass(run);
     for (int i = 0, count; i < p->list.count; i += count) {
-        count = 1 + p->list.at[i].paired;
-        run_together(run, &p->list.at[i], count);
+        count = count_together(&p->list, i);
+        (schedule_is_message(p->list.at[i].kind) ? run_messages : run_together)(run, &p->list.at[i], count);
     }
     while (wires_at_work(p)) {
         pipe_progress(run);
         if (wires_at_work(p)) transport_idle(p->transport, "waits for its last messages to be taken");
     }
     machine_end_pass(run);
-    if (generated) free(p->list.at);
+    if (generated || p->batches) free(p->list.at);
     if (p->failed) *e = p->error;
     return !p->failed;
 }

@@ -3115,6 +3115,7 @@ static void adamw_gpu(const Optimiser* o, const DeviceModel* d, const Update* u,
     AdamW a = {(float)u->beta1, (float)u->beta2, (float)u->eps, (float)u->clip,
                (float)(u->lr / (1 - pow(u->beta1, (double)u->step))),
                (float)(1 / sqrt(1 - pow(u->beta2, (double)u->step))), (float)(1 - u->lr * u->decay)};
+    if (!o->chunk_count) return;                // stages without blocks
     adamw_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(
         m->params, m->adam_m, m->adam_v, m->grads, d->weights, o->chunks, a, hash64(seed, (uint64_t)u->step));
     LAUNCHED();
@@ -3132,7 +3133,8 @@ static __global__ void first_nonfinite_kernel(int* first, const float* numbers, 
 // asked when a run is about to stop.
 static int first_nonfinite_gpu(const Optimiser* o, const float* numbers, cudaStream_t stream) {
     CUDA(cudaMemsetAsync(o->nonfinite, NO_TENSOR & 0xff, sizeof(int), stream));
-    first_nonfinite_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(o->nonfinite, numbers, o->chunks);
+    if (o->chunk_count)
+        first_nonfinite_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(o->nonfinite, numbers, o->chunks);
     LAUNCHED();
     CUDA(cudaMemcpyAsync(o->host_nonfinite, o->nonfinite, sizeof(int), cudaMemcpyDeviceToHost, stream));
     CUDA(cudaStreamSynchronize(stream));
@@ -3174,6 +3176,7 @@ typedef struct {
     char ways[160];             // on which ranks exchange what
 #ifdef HAVE_NCCL
     ncclComm_t nccl;            // of all ranks, or NULL
+    cudaStream_t carrier;       // of batches of messages
     float* parts;               // (EXCHANGE) gradients of other ranks
 #endif
 } Gpu;
@@ -3457,6 +3460,7 @@ static void machine_close(Run* run) {
         close_queues(g, &run->pipe);
 #ifdef HAVE_NCCL
         if (g->nccl) NCCL(ncclCommDestroy(g->nccl));
+        if (g->nccl) CUDA(cudaStreamDestroy(g->carrier));
 #endif
         for (int i = 0; i < g->arena.block_count; i++) CUDA(cudaFree(g->arena.blocks[i]));
         for (int i = 0; i < 2; i++) {
@@ -3639,12 +3643,14 @@ static DeviceActivations* gpu_slot(Gpu* g, const Run* run, const Part* c, int mi
 
 static WireEvents* wire_events(Gpu* g, const Run* run, const Wire* w) { return &g->wires[w - run->pipe.wires]; }
 
-// The host is at most two halves ahead of a queue, and messages move along while it waits for that.
+// The host is at most two halves ahead of a queue, and messages move along while it waits for that. Where the
+// device waits for messages a rank that never comes is noticed here.
 static void keep_pace(Run* run, Queue* queue) {
     queue->half ^= 1;
     while (!has_happened(queue->ended[queue->half])) {
         pipe_progress(run);
-        usleep(20);
+        if (run->pipe.batches) transport_idle(run->pipe.transport, "waits for states and gradients of others");
+        else usleep(20);
     }
 }
 
@@ -3783,6 +3789,11 @@ static bool ranks_share_devices(Transport* t) {
 static void nccl_open(Gpu* g, const Run* run) {
     Transport* t = run->pipe.transport;
     ncclUniqueId id;
+    int least, greatest;
+    CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CUDA(cudaStreamCreateWithPriority(&g->carrier, cudaStreamNonBlocking, greatest));
+    // While they wait its kernels hold a multiprocessor each, which others want.
+    if (run->pipe.batches) setenv("NCCL_MAX_CTAS", "4", 0);
     if (t->rank == 0) NCCL(ncclGetUniqueId(&id));
     transport_broadcast(t, 0, &id, sizeof id);
     NCCL(ncclCommInitRank(&g->nccl, t->size, id, t->rank));
@@ -3793,11 +3804,13 @@ static void machine_join(Run* run) {
     Gpu* g = gpu_of(run);
     if (is_alone(run) || !g->arena.taking) return;
     bool shared = ranks_share_devices(run->pipe.transport);
-    snprintf(g->ways, sizeof g->ways, "all through host memory%s", shared ? ", as some have the same GPU" : "");
+    const char* why = shared ? ", as some have the same GPU" : "";
+    snprintf(g->ways, sizeof g->ways, "exchange through host memory%s", why);
 #ifdef HAVE_NCCL
-    if (shared || !ranks_share(run)) return;
+    run->pipe.batches = run->pipe.wire_count && !shared;
+    if (shared || (!run->pipe.batches && !ranks_share(run))) return;
     nccl_open(g, run);
-    snprintf(g->ways, sizeof g->ways, "gradients and parameters by NCCL, states through host memory");
+    snprintf(g->ways, sizeof g->ways, "exchange by NCCL");
 #endif
 }
 
@@ -3861,16 +3874,39 @@ static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const S
 #endif
 }
 
-// A rank that never comes is noticed as elsewhere.
+// Waits for the main queue and all messages. A rank that never comes is noticed as elsewhere.
 static void machine_exchanged(Run* run) {
 #ifdef HAVE_NCCL
     Gpu* g = gpu_of(run);
     if (!g->nccl) return;
+    stream_follows(g->main.stream, g->carrier, g->main.turn);
     CUDA(cudaEventRecord(g->main.turn, g->main.stream));
     while (!has_happened(g->main.turn)) transport_idle(run->pipe.transport, "waits for ranks that share its tensors");
     transport_progressed(run->pipe.transport);
 #else
     (void)run;
+#endif
+}
+
+// Their order on a link is the same at both ends: NCCL knows messages by nothing else.
+static void machine_carry(Run* run, Wire* const* wires, int count) {
+#ifdef HAVE_NCCL
+    Gpu* g = gpu_of(run);
+    size_t bytes = wire_bytes(run);
+    for (int i = 0; i < count; i++) {
+        const WireEvents* e = wire_events(g, run, wires[i]);
+        for (cudaEvent_t event : {e->used, e->copied}) CUDA(cudaStreamWaitEvent(g->carrier, event, 0));
+    }
+    NCCL(ncclGroupStart());
+    for (int i = 0; i < count; i++) {
+        const Wire* w = wires[i];
+        if (w->state == WIRE_IN_BATCH) NCCL(ncclSend(w->at, bytes, ncclUint8, w->peer, g->nccl, g->carrier));
+        else NCCL(ncclRecv(w->at, bytes, ncclUint8, w->peer, g->nccl, g->carrier));
+    }
+    NCCL(ncclGroupEnd());
+    for (int i = 0; i < count; i++) CUDA(cudaEventRecord(wire_events(g, run, wires[i])->copied, g->carrier));
+#else
+    (void)run, (void)wires, (void)count;
 #endif
 }
 
@@ -3889,6 +3925,7 @@ static void machine_end_pass(Run* run) {
     stream_follows(g->main.stream, forward_queue(g)->stream, g->main.turn);
     CUDA(cudaMemcpyAsync(loss, g->sums + run->model.tensor_count, sizeof(double), cudaMemcpyDeviceToHost,
                          g->main.stream));
+    machine_exchanged(run);
     CUDA(cudaStreamSynchronize(g->main.stream));
     run->loss_sum += *loss;
 }

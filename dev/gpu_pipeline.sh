@@ -72,7 +72,7 @@ near() {
             "$out/$reference/step_00000001.safetensors" >> "$out/log" 2>&1
     verdict "${ranks:+mpirun -np $ranks }$*: the gradients of $reference" $?
 }
-says() { grep -q "^ranks: $1" "$out/log"; verdict "${ranks:+mpirun -np $ranks }ranks exchange $1" $?; }
+says() { grep -q "^ranks: exchange $1" "$out/log"; verdict "${ranks:+mpirun -np $ranks }ranks exchange $1" $?; }
 
 # --- threads of a process
 
@@ -128,8 +128,8 @@ if ! ldd "$out/fp32" | grep -q libmpi; then echo "skip mpirun: found no MPI, mak
 else
     ranks=2
     for CPU_CUDA in threads=1,devices=1 threads=1 threads=1,lazy; do
-        by="gradients and parameters by NCCL"
-        case $CPU_CUDA in *devices=1) by="all through host memory" ;; esac
+        by="by NCCL"
+        case $CPU_CUDA in *devices=1) by="through host memory" ;; esac
         same alone fp32 --micro-batches 4 --pipeline 1f1b
         [ $nvcc = dev/cpu_cuda/nvcc ] && says "$by"
         same dualpipe fp32 --micro-batches 4 --pipeline dualpipe --priority all
@@ -137,12 +137,16 @@ else
         [ "$CPU_CUDA" = threads=1,devices=1 ] && train replicas fp32 --micro-batches 2 && results replicas > "$out/c"
         same replicas fp32 --micro-batches 2
     done
-    same alone fp32 --micro-batches 4 --pipeline dualpipev
+    same alone fp32 --micro-batches 4 --pipeline dualpipev --priority all
+    ranks=3
+    same alone fp32 --micro-batches 4 --pipeline dualpipev --pp-layers 1,0,0,2,0,0
+    ranks=2
     same alone_bf16 bf16 --micro-batches 4 --pipeline 1f1b
     train ours bf16 --micro-batches 2
     mv "$out/ours" "$out/replicas_bf16"
     CPU_CUDA=threads=1,devices=1
     same replicas_bf16 bf16 --micro-batches 2
+    CPU_CUDA=threads=1
     ranks=4
     near alone fp32 --micro-batches 2 --pipeline dualpipev --ranks 2
 fi

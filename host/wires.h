@@ -54,16 +54,38 @@ static void wire_receive(Run* run, const Part* c, const Action* a) {
     bool gradient = a->kind != ACTION_F;
     Wire* w = wire_take(p, WIRE_RECEIVING, gradient ? &part->dy_used : &part->x_used);
     w->expected = message_header(run, gradient, c->index, c->direction, a->micro);
-    w->request = transport_receive(p->transport, world_rank(p, gradient ? c->after : c->before),
-                                   message_tag(&w->expected), w->message, sizeof(Header) + wire_bytes(run));
+    w->peer = world_rank(p, gradient ? c->after : c->before);
     (gradient ? c->dy : c->x)[a->micro] = w;
+    if (p->batches) w->state = WIRE_HELD;       // the device waits for it
+    else
+        w->request = transport_receive(p->transport, w->peer, message_tag(&w->expected), w->message,
+                                       sizeof(Header) + wire_bytes(run));
 }
 
 static void wire_send(Run* run, Wire* w, int peer, int stage, const Action* a) {
-    *w->message = message_header(run, a->kind != ACTION_F, stage, a->direction, a->micro);
+    w->expected = message_header(run, a->kind != ACTION_F, stage, a->direction, a->micro);
     w->peer = world_rank(&run->pipe, peer);
-    w->state = WIRE_LEAVING;
+    w->state = run->pipe.batches ? WIRE_IN_BATCH : WIRE_LEAVING;
+    if (run->pipe.batches) return;
+    *w->message = w->expected;
     machine_wire_leaves(run, w);
+}
+
+// What a message of a batch is about: a wire for what comes, or the one that holds what leaves
+static Wire* wire_of_message(Run* run, Part* c, const Action* message) {
+    Pipe* p = &run->pipe;
+    bool forward = message->kind == MESSAGE_RECEIVE_X || message->kind == MESSAGE_SEND_X;
+    Action a = *message;
+    a.kind = forward ? ACTION_F : ACTION_B;
+    if (message->kind == MESSAGE_RECEIVE_X || message->kind == MESSAGE_RECEIVE_DX) {
+        wire_receive(run, c, &a);
+        return (forward ? c->x : c->dy)[a.micro];
+    }
+    Header leaves = message_header(run, !forward, c->index + (forward ? 1 : -1), a.direction, a.micro);
+    Wire* w = p->wires;
+    while (w->state != WIRE_IN_BATCH || memcmp(&w->expected, &leaves, sizeof leaves)) w++;
+    assert(w < p->wires + p->wire_count);
+    return w;
 }
 
 static void check_header(const Run* run, const Wire* w) {
