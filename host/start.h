@@ -240,6 +240,8 @@ static bool place_stages(Run* run, Error* e) {
     if (size > 1 && (o->generate[0] || o->dump[0]))
         return fail(e, "--%s: found %d ranks, expected 1, start it without mpirun and --ranks",
                     o->dump[0] ? "dump" : "generate", size);
+    if (o->dump[0] && o->pipeline != PIPELINE_NONE)
+        return fail(e, "--dump: found --pipeline too, expected a model in one piece, leave it out");
     p->schedule = schedule;
     p->D = o->plan ? 1 : size / p->P;
     p->rank = p->transport->rank % p->P;
