@@ -38,7 +38,8 @@ all_ended() { [ $status != 0 ] && [ "$(wc -l < "$work/pids")" = 3 ] && ! alive &
 ends() {
     : > "$work/pids"
     ranks 3 "$work/ranks" "$1" "$work/pids"
-    while alive && [ $(($(date +%s) - start)) -lt 5 ]; do sleep 0.05; done
+    since=$(date +%s)           # mpirun itself may be slow to start
+    while alive && [ $(($(date +%s) - since)) -lt 5 ]; do sleep 0.05; done
     verdict "a rank does $1, all end" all_ended "$2"
 }
 
