@@ -86,10 +86,11 @@ FIGURES ?= lr loss gradnorm streams mixing gain depth stress table1 sinkhorn con
 figures: train_gpt_mhc
 	for name in $(FIGURES); do PYTHON=$(PYTHON) sh scripts/fig_$$name.sh $(ARGS) || exit; done
 
-# --- on a GPU, with nvcc; or the same files on the CPU, with NVCC=dev/cpu_cuda/nvcc NVCC_OPT=-O1
+# --- on a GPU, with nvcc, whose -O is for the host alone; or the same files on the CPU, with
+# NVCC=dev/cpu_cuda/nvcc NVCC_OPT=-O1
 
 NVCC ?= nvcc
-NVCC_OPT ?= -O3
+NVCC_OPT ?= -O2
 # Of the GPUs here the oldest; with none, A100's, whose programs newer ones run too.
 ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | sort -n | head -n 1 | tr -d . | sed 's/^/sm_/')
 PRECISION ?= BF16
