@@ -1843,6 +1843,11 @@ static void machine_exchanged(Run* run);                        // waits for all
 static void machine_choose(const Run* run);     // before it is opened, by all ranks: which device is whose
 static void machine_join(Run* run);             // when it is open everywhere: how ranks exchange
 static void machine_carry(Run* run, Wire* const* wires, int count);     // a batch of pipe.batches, all at once
+static bool is_traced(const Run* run) {
+    const Trace* t = &run->pipe.trace;
+    return t->events && t->count < TRACE_EVENTS && !run->pipe.forward_only;
+}
+static void machine_traced(Run* run);                           // the trace's last event is the last work asked for
 static void machine_begin_pass(Run* run);
 static void machine_end_pass(Run* run);                         // run->loss_sum is there
 // The step's own gradients are complete; then the sums of squares of those that are updated here.
@@ -1922,6 +1927,7 @@ static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const S
     (void)run, (void)what, (void)t, (void)slices, (void)count, (void)mine;
     return false;
 }
+static void machine_traced(Run* run) { (void)run; }
 static void machine_begin_pass(Run* run) { (void)run; }
 static void machine_end_pass(Run* run) { (void)run; }
 static bool machine_wire_free(Run* run, const Wire* w) { return run && w; }
@@ -2223,7 +2229,10 @@ static void run_action(Run* run, const Action* a) {
     if (a->kind == ACTION_F) run_forward(run, c, a);
     else if (a->kind == ACTION_W) machine_backward_weights(run, c, (int)a->micro);
     else run_backward(run, c, a);
-    if (!run->pipe.forward_only) trace_add(&run->pipe.trace, a, run->step + 1, start, seconds());
+    if (is_traced(run)) {
+        trace_add(&run->pipe.trace, a, run->step + 1, start, seconds());
+        machine_traced(run);
+    }
     transport_progressed(run->pipe.transport);
 }
 

@@ -3152,6 +3152,8 @@ typedef struct {                // pinned, so that a copy does not wait for the 
     cudaEvent_t done;           // the copy that reads this has ended
 } Upload;
 
+typedef struct { cudaEvent_t begins, ends; int event; } Mark;   // of what was asked for; which of the trace, or -1
+
 typedef struct {                // of a Wire
     cudaEvent_t used, copied;   // what computes is done with its data; its message has come or gone
 } WireEvents;
@@ -3164,6 +3166,10 @@ typedef struct {
     Header* messages;           // pinned, of all wires
     DeviceArena arena;
     Optimiser optimiser;
+    Mark* marks;                // (mark_room), mark_count of them in this pass, which began at pass_start seconds
+    int mark_count, mark_room;
+    cudaEvent_t pass_begins;
+    double pass_start;
     Queue main, forward;         // forward passes have their own where they run beside backward ones
     void* workspaces[2];        // of the queues' products
     Upload uploads[2];          // taken in turns
@@ -3391,6 +3397,15 @@ static void open_wires(Gpu* g, const Run* run) {
     }
 }
 
+static void close_marks(Gpu* g) {
+    for (int i = 0; i < g->mark_room; i++) {
+        CUDA(cudaEventDestroy(g->marks[i].begins));
+        CUDA(cudaEventDestroy(g->marks[i].ends));
+    }
+    if (g->pass_begins) CUDA(cudaEventDestroy(g->pass_begins));
+    free(g->marks);
+}
+
 static void close_wires(Gpu* g, const Pipe* p) {
     if (!p->wire_count) return;
     for (int i = 0; i < p->wire_count; i++) {
@@ -3469,6 +3484,7 @@ static void machine_close(Run* run) {
         }
         CUDA(cudaFreeHost(g->host_sums));
         close_wires(g, &run->pipe);
+        close_marks(g);
         optimiser_close(&g->optimiser);
     }
     for (int i = 0; i < run->pipe.part_count && g->slots[i]; i++) {
@@ -3654,6 +3670,53 @@ static void keep_pace(Run* run, Queue* queue) {
     }
 }
 
+// --- when the device does what it was asked for, for --trace
+
+static Mark* next_mark(Gpu* g) {
+    if (g->mark_count == g->mark_room) {
+        g->mark_room = 2 * g->mark_room + 64;
+        g->marks = (Mark*)realloc(g->marks, (size_t)g->mark_room * sizeof(Mark));
+        if (!g->marks) die("out of memory for the trace");
+        for (int i = g->mark_count; i < g->mark_room; i++) {
+            CUDA(cudaEventCreate(&g->marks[i].begins));
+            CUDA(cudaEventCreate(&g->marks[i].ends));
+        }
+    }
+    g->marks[g->mark_count].event = -1;
+    return &g->marks[g->mark_count++];
+}
+
+static void machine_traced(Run* run) {
+    Gpu* g = gpu_of(run);
+    g->marks[g->mark_count - 1].event = run->pipe.trace.count - 1;
+}
+
+// The moment that the marks of this pass are measured from: the device has nothing else to do.
+static void begin_marks(Run* run) {
+    Gpu* g = gpu_of(run);
+    if (!g->pass_begins) CUDA(cudaEventCreate(&g->pass_begins));
+    CUDA(cudaEventRecord(g->pass_begins, g->main.stream));
+    CUDA(cudaEventSynchronize(g->pass_begins));
+    g->pass_start = seconds() - run->pipe.trace.start;
+    g->mark_count = 0;
+}
+
+// Times of the device replace those at which the host asked. All work has been waited for.
+static void end_marks(Run* run) {
+    Gpu* g = gpu_of(run);
+    for (int i = 0; i < g->mark_count; i++) {
+        float begins, ends;
+        TraceEvent* event = &run->pipe.trace.events[g->marks[i].event];
+        if (g->marks[i].event < 0) continue;            // a recomputation ahead of its gradient
+        CUDA(cudaEventElapsedTime(&begins, g->pass_begins, g->marks[i].begins));
+        CUDA(cudaEventElapsedTime(&ends, g->pass_begins, g->marks[i].ends));
+        event->start = g->pass_start + 1e-3 * begins;
+        event->end = g->pass_start + 1e-3 * ends;
+    }
+}
+
+// --- halves of pairs
+
 // What comes next in the queue, on a micro-batch's slot and two wires or NULL, is after all that was done with
 // them.
 static Pass begin_half(Run* run, Queue* queue, const Part* c, int micro, const Wire* one, const Wire* other) {
@@ -3666,13 +3729,16 @@ static Pass begin_half(Run* run, Queue* queue, const Part* c, int micro, const W
         CUDA(cudaStreamWaitEvent(queue->stream, wire_events(g, run, w)->used, 0));
         CUDA(cudaStreamWaitEvent(queue->stream, wire_events(g, run, w)->copied, 0));
     }
+    if (is_traced(run)) CUDA(cudaEventRecord(next_mark(g)->begins, queue->stream));
     return gpu_pass(g, queue, a, run->pipe.B, run->c.T, 0);
 }
 
 static void end_half(Run* run, const Pass* p, const Wire* one, const Wire* other) {
+    Gpu* g = gpu_of(run);
+    if (is_traced(run)) CUDA(cudaEventRecord(g->marks[g->mark_count - 1].ends, p->stream));
     if (p->a->beside) CUDA(cudaEventRecord(p->a->done, p->stream));
     for (const Wire* w : {one, other})
-        if (w) CUDA(cudaEventRecord(wire_events(gpu_of(run), run, w)->used, p->stream));
+        if (w) CUDA(cudaEventRecord(wire_events(g, run, w)->used, p->stream));
     CUDA(cudaEventRecord(p->queue->ended[p->queue->half], p->stream));
 }
 
@@ -3916,6 +3982,7 @@ static void machine_begin_pass(Run* run) {
     Gpu* g = gpu_of(run);
     CUDA(cudaMemsetAsync(g->sums + run->model.tensor_count, 0, sizeof(double), g->main.stream));
     stream_follows(forward_queue(g)->stream, g->main.stream, g->main.turn);
+    if (is_traced(run)) begin_marks(run);
 }
 
 // The pass's losses; this waits for it.
@@ -3927,6 +3994,7 @@ static void machine_end_pass(Run* run) {
                          g->main.stream));
     machine_exchanged(run);
     CUDA(cudaStreamSynchronize(g->main.stream));
+    if (is_traced(run)) end_marks(run);
     run->loss_sum += *loss;
 }
 

@@ -7,19 +7,21 @@
 #include "runtime.h"
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <memory>
 
 typedef std::shared_ptr<struct Operation> Work;
 
 struct CUstream_st { bool blocking; };  // waits for the default stream, and that for it
-struct CUevent_st { Work recorded; };   // the end of this one
+struct CUevent_st { bool timed; Work recorded; };       // the end of this one
 
 struct Operation {
     std::function<void()> work;
     CUstream_st* stream;
     Work also;                          // comes before this one, as what is before it in the stream does
     bool needed = false, done = false;  // needed by what is being forced
+    std::chrono::steady_clock::time_point end = {};
 };
 
 using namespace cpu_cuda;
@@ -77,6 +79,7 @@ cudaError_t destroy(const void* handle) {
 
 void run(Operation& operation) {
     operation.work();
+    operation.end = std::chrono::steady_clock::now();
     operation.done = true;
     operation.work = nullptr;
     operation.also = nullptr;
@@ -284,7 +287,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 // Events
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
-    return create(event, {}, flags, cudaEventDisableTiming);
+    return create(event, {flags != cudaEventDisableTiming, nullptr}, flags, cudaEventDisableTiming);
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return destroy(event); }
@@ -301,6 +304,15 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
     if (!event->recorded || event->recorded->done) return cudaSuccess;
     wait_for(event->recorded);
     return remember(cudaErrorNotReady);         // as CUDA does: cudaGetLastError shows it
+}
+
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
+    for (cudaEvent_t event : {start, end}) {
+        if (!exists(event) || !event->timed || !event->recorded) return remember(cudaErrorInvalidResourceHandle);
+        if (!event->recorded->done) return cudaErrorNotReady;
+    }
+    *ms = std::chrono::duration<float, std::milli>(end->recorded->end - start->recorded->end).count();
+    return cudaSuccess;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {

@@ -175,6 +175,19 @@ static void test_events(float* x, float* y) {
     while (cudaEventQuery(event) == cudaErrorNotReady) cudaGetLastError();      // which shows it too
     CHECK(cudaEventQuery(event) == cudaSuccess && cudaGetLastError() == cudaSuccess);
     OK(cudaEventSynchronize(event));
+    cudaEvent_t later, untimed;
+    float ms = -1;
+    OK(cudaEventCreate(&later));
+    OK(cudaEventCreateWithFlags(&untimed, cudaEventDisableTiming));
+    add_to(y, x, 1, 0);
+    OK(cudaEventRecord(later));
+    OK(cudaEventRecord(untimed));
+    OK(cudaEventSynchronize(untimed));
+    CHECK(cudaEventElapsedTime(&ms, event, later) == cudaSuccess && ms > 0);
+    CHECK(cudaEventElapsedTime(&ms, event, untimed) == cudaErrorInvalidResourceHandle);
+    OK(cudaEventDestroy(later));
+    OK(cudaEventDestroy(untimed));
+    cudaGetLastError();
     CHECK(cudaEventCreateWithFlags(&event, 77) == cudaErrorInvalidValue);
     CHECK(cudaEventRecord(NULL) == cudaErrorInvalidResourceHandle);
     CHECK(cudaEventDestroy(NULL) == cudaErrorInvalidResourceHandle);
