@@ -134,10 +134,9 @@ train-gpu: train_gpt_mhc_cuda
 test-gpu:
 	NVCC=$(NVCC) USE_CUDNN=$(USE_CUDNN) CUDNN_FRONTEND=$(CUDNN_FRONTEND) sh dev/gpu_test.sh
 
-# What CI has no time for: every order of threads, the checks over the whole step, every mode and schedule of ranks
-test-long: build/test_pipeline
+# What CI has no time for: every order of threads, the checks over the whole step, more runs of ranks
+test-long:
 	LONG=1 $(MAKE) test-gpu
-	./build/test_pipeline long
 	LONG=1 sh dev/test_pipeline.sh
 
 test-cpu-cuda:
