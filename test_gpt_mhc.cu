@@ -285,7 +285,8 @@ static void test_sum_columns(void) {
 // What lies behind the sum is a number, which one more sum would change
 static void test_linear_bias(void) {
     for (int cols : {1, 11, 100}) {
-        std::vector<float> x = random_numbers(cols, 7 * cols + 1), bias = random_numbers(cols + 1, cols), sum = x;
+        std::vector<float> x = random_numbers(cols, 7 * cols + 1), bias = random_numbers(cols + 1, cols),
+                           sum = x;
         for (int i = 0; i < 7 * cols; i++) sum[i] = rounded(x[i] + bias[i % cols]);
         Device<floatX> out(x), bias_(bias);
         add_bias_gpu(out.at, bias_.at, 7, cols, 0);
@@ -1139,7 +1140,8 @@ static void test_attention_cudnn(void) {
         cudnn_attention_workspace(workspace.at, bytes);
         bool other = cudnn_attention_forward(out.at, lse.at, qkv.at, c.B + 1, c.T, C, c.NH, 0);
         bool served = cudnn_attention_forward(out.at, lse.at, qkv.at, c.B, c.T, C, c.NH, 0);
-        CHECK(served && !other, "D %d: served %d, expected 1; without a plan %d, expected 0", c.D, served, other);
+        CHECK(served && !other, "D %d: served %d, expected 1; without a plan %d, expected 0", c.D, served,
+              other);
         AttentionResult got = attention_on_gpu(c, r, false, 0), again = attention_on_gpu(c, r, false, 0);
         CHECK(got.out == out.get() && got.lse == lse.get(), "D %d: the trainer takes other kernels", c.D);
         CHECK(got.out == again.out && got.lse == again.lse && got.dqkv == again.dqkv, "D %d: other bits",
@@ -1249,7 +1251,8 @@ struct OptimiserModel {
     }
     void round(uint64_t seed, long step) const {                // all copies anew
         for (int t = 0; t < d.m.tensor_count; t++)
-            round_piece_gpu(d.weights, d.m.params, &d.m.tensors[t], 0, tensor_size(&d.m.tensors[t]), seed, step, 0);
+            round_piece_gpu(d.weights, d.m.params, &d.m.tensors[t], 0, tensor_size(&d.m.tensors[t]), seed,
+                            step, 0);
     }
 };
 

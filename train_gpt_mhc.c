@@ -1831,23 +1831,24 @@ static void machine_forward(Run* run, Part* c, int micro, Wire* x, Wire* y);
 static void machine_backward(Run* run, Part* c, int micro, Wire* dy, bool defer);
 static void machine_backward_weights(Run* run, Part* c, int micro);
 static bool machine_recompute(Run* run, Part* c, int micro);   // ahead of its gradient; false: nothing to do
-static bool machine_wire_free(Run* run, const Wire* w);         // asked until a message can be received into it
+static bool machine_wire_free(Run* run, const Wire* w); // asked until a message can be received into it
 static void machine_wire_arrived(Run* run, Wire* w);            // that is there
 static void machine_wire_leaves(Run* run, Wire* w);             // before its message is sent:
 static bool machine_wire_left(Run* run, Wire* w);               // asked until it can be
-// Slices of a tensor, one of each rank that holds it: of gradients the own one, `mine`, becomes the sum of all
-// ranks', of parameters the others' come here. False: nothing is done, the numbers move through the host.
+// Slices of a tensor, one of each rank that holds it: of gradients the own one, `mine`, becomes the sum of
+// all ranks', of parameters the others' come here. False: nothing is done, the numbers move through the host.
 typedef struct { size_t first, count; int rank; } Slice;
-static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const Slice* slices, int count, int mine);
+static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const Slice* slices, int count,
+                             int mine);
 static void machine_exchanged(Run* run);                        // waits for all of them
 static void machine_choose(const Run* run);     // before it is opened, by all ranks: which device is whose
 static void machine_join(Run* run);             // when it is open everywhere: how ranks exchange
-static void machine_carry(Run* run, Wire* const* wires, int count);     // a batch of pipe.batches, all at once
+static void machine_carry(Run* run, Wire* const* wires, int count); // a batch of pipe.batches, all at once
 static bool is_traced(const Run* run) {
     const Trace* t = &run->pipe.trace;
     return t->events && t->count < TRACE_EVENTS && !run->pipe.forward_only;
 }
-static void machine_traced(Run* run);                           // the trace's last event is the last work asked for
+static void machine_traced(Run* run); // the trace's last event is the last work asked for
 static void machine_begin_pass(Run* run);
 static void machine_end_pass(Run* run);                         // run->loss_sum is there
 // The step's own gradients are complete; then the sums of squares of those that are updated here.
@@ -1923,7 +1924,8 @@ static void machine_choose(const Run* run) { (void)run; }
 static void machine_join(Run* run) { (void)run; }
 static void machine_exchanged(Run* run) { (void)run; }
 static void machine_carry(Run* run, Wire* const* wires, int count) { (void)run, (void)wires, (void)count; }
-static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const Slice* slices, int count, int mine) {
+static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const Slice* slices, int count,
+                             int mine) {
     (void)run, (void)what, (void)t, (void)slices, (void)count, (void)mine;
     return false;
 }

@@ -2465,7 +2465,8 @@ typedef struct DeviceActivations {
     float *stats, *losses;      // (rows, 2), (rows)
     int32_t *tokens, *targets;  // (B, T)
     TokenGroups groups;         // the rows by token, for the embedding's gradient
-    struct DeviceActivations* shared;   // whose scratch this is, and who had the states between blocks' starts last
+    struct DeviceActivations*
+        shared; // whose scratch this is, and who had the states between blocks' starts last
     const struct DeviceActivations* resident;
     floatX** between;           // [block] (rows, n, C)
     bool beside;                // forward passes run beside backward ones: theirs are in these two, in turns
@@ -2483,7 +2484,8 @@ static void device_layout_sublayer(const DeviceActivations* a, DeviceArena* aren
     DeviceSublayer* s = a->sub + k;
     s->coef = carve_f(arena, "coefficients", rows * (size_t)coefficient_count(c));
     if (k % 2 == 0) s->qkv = carve_x(arena, "activations", rows * 3 * C);
-    if (k >= a->stage.first + 2 && !training) {         // without a backward pass only keys and values are wanted again
+    if (k >= a->stage.first + 2 &&
+        !training) { // without a backward pass only keys and values are wanted again
         DeviceSublayer shared = s[-2];
         shared.coef = s->coef;
         shared.qkv = s->qkv;
@@ -2635,8 +2637,8 @@ static DeviceConnection device_connection(const DeviceModel* d, int k) {
     return c;
 }
 
-// From the output of sublayer k - 1 to the input of sublayer k. The stage's last only writes its state, its first
-// has no sublayer before it.
+// From the output of sublayer k - 1 to the input of sublayer k. The stage's last only writes its state, its
+// first has no sublayer before it.
 static void boundary_forward(const Pass* p, int k) {
     const Config* c = &p->d->m.c;
     DeviceActivations* a = p->a;
@@ -2706,8 +2708,8 @@ static void place_states(DeviceActivations* a, bool forward) {
     }
 }
 
-// A stage, from a->tokens or a->state[first] to a->ln (rows, C) or a->state[last]; `saw` is called with each state
-// while it is there, if not NULL.
+// A stage, from a->tokens or a->state[first] to a->ln (rows, C) or a->state[last]; `saw` is called with each
+// state while it is there, if not NULL.
 static void device_forward(const Pass* p, void (*saw)(const Pass*, int k, void* context), void* context) {
     const DeviceModel* d = p->d;
     DeviceActivations* a = p->a;
@@ -2778,12 +2780,13 @@ static void device_recompute_states(const Pass* p, int k) {
 static void device_recompute_last_block(const Pass* p) {
     DeviceActivations* a = p->a;
     place_states(a, false);
-    if (a->shared->resident != a && a->stage.last > a->stage.first) device_recompute_states(p, a->stage.last - 1);
+    if (a->shared->resident != a && a->stage.last > a->stage.first)
+        device_recompute_states(p, a->stage.last - 1);
     a->shared->resident = a;
 }
 
-// a->dln (rows, C) = from df (rows, C). What the weights' gradients need beside activations stays in a->dwide:
-// (rows, 3C) of qkv or (rows, 4C) of fc.
+// a->dln (rows, C) = from df (rows, C). What the weights' gradients need beside activations stays in
+// a->dwide: (rows, 3C) of qkv or (rows, 4C) of fc.
 static void device_sublayer_backward_input(const Pass* p, const floatX* df, int k) {
     const DeviceModel* d = p->d;
     DeviceActivations* a = p->a;
@@ -2910,8 +2913,8 @@ static void device_backward(const Pass* p, bool defer) {
     }
     a->shared->resident = NULL;
     if (stage->embeds)
-        embedding_backward_gpu(grad(m, WTE, 0), grad(m, WPE, 0), a->dstate, &a->groups, rows, p->T, c->n, c->C,
-                               p->stream);
+        embedding_backward_gpu(grad(m, WTE, 0), grad(m, WPE, 0), a->dstate, &a->groups, rows, p->T, c->n,
+                               c->C, p->stream);
 }
 
 static void device_backward_weights(const Pass* p) {
@@ -2928,7 +2931,7 @@ enum { CHUNK = 1 << 15, CHUNK_THREADS = 256 };          // numbers; a thread of 
 static_assert(CHUNK_THREADS % WARP == 0, "blocks have whole warps");
 
 typedef struct {
-    size_t first, moments, offset;      // index of its first number in params, in the moments, and in its tensor
+    size_t first, moments, offset; // index of its first number in params, in the moments, and in its tensor
     uint64_t name;              // of its tensor, hashed
     int count, tensor;          // numbers; index into the model's tensors
     bool decayed, copied;       // of connections only masters are read
@@ -3013,19 +3016,21 @@ static __global__ void chunk_squares_kernel(double* sums, const float* numbers, 
 }
 
 // A warp has a tensor.
-static __global__ void tensor_squares_kernel(double* of_tensors, const double* of_chunks, const int* first_chunks,
-                                             int tensors) {
+static __global__ void tensor_squares_kernel(double* of_tensors, const double* of_chunks,
+                                             const int* first_chunks, int tensors) {
     int t = blockIdx.x * (CHUNK_THREADS / WARP) + threadIdx.x / WARP;
     if (t >= tensors) return;
     double sum = 0;
-    for (int k = first_chunks[t] + threadIdx.x % WARP; k < first_chunks[t + 1]; k += WARP) sum += of_chunks[k];
+    for (int k = first_chunks[t] + threadIdx.x % WARP; k < first_chunks[t + 1]; k += WARP)
+        sum += of_chunks[k];
     sum = warp_sum(sum);
     if (threadIdx.x % WARP == 0) of_tensors[t] = sum;
 }
-// sums, on the device (tensor_count): of the squared gradients that are updated here. Nothing between tensors, and no
-// padding, is part of them.
+// sums, on the device (tensor_count): of the squared gradients that are updated here. Nothing between
+// tensors, and no padding, is part of them.
 static void square_sums_gpu(const Optimiser* o, double* sums, const float* grads, cudaStream_t stream) {
-    if (o->chunk_count) chunk_squares_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(o->sums, grads, o->chunks);
+    if (o->chunk_count)
+        chunk_squares_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(o->sums, grads, o->chunks);
     LAUNCHED();
     tensor_squares_kernel<<<ceil_div(o->tensor_count, CHUNK_THREADS / WARP), CHUNK_THREADS, 0, stream>>>(
         sums, o->sums, o->first_chunks, o->tensor_count);
@@ -3072,18 +3077,20 @@ __device__ __forceinline__ floatX copy_of(float master, const Chunk& c, uint64_t
     return (floatX)round_stochastically(master, hash64_gpu(draws, c.offset + i) & 0xffff);
 }
 
-static __global__ void round_piece_kernel(floatX* copies, const float* masters, Chunk c, uint64_t draws, size_t count) {
+static __global__ void round_piece_kernel(floatX* copies, const float* masters, Chunk c, uint64_t draws,
+                                          size_t count) {
     size_t i = (size_t)blockIdx.x * CHUNK_THREADS + threadIdx.x;
     if (i < count) copies[c.first + i] = copy_of(masters[c.first + i], c, draws, i);
 }
-// copies of the masters first .. first + count of a tensor as they are after `step` updates: those that adamw_gpu made
-// then, on whichever rank
+// copies of the masters first .. first + count of a tensor as they are after `step` updates: those that
+// adamw_gpu made then, on whichever rank
 static void round_piece_gpu(floatX* copies, const float* masters, const Tensor* t, size_t first, size_t count,
                             uint64_t seed, long step, cudaStream_t stream) {
     Chunk c = {t->first + first, 0, first, tensor_seed(t, 0), 0, 0, t->spec->decayed, has_copies(t)};
     if (!c.copied || !count) return;
     uint64_t draws = hash64(hash64(seed, (uint64_t)step), c.name);
-    round_piece_kernel<<<ceil_div(count, CHUNK_THREADS), CHUNK_THREADS, 0, stream>>>(copies, masters, c, draws, count);
+    round_piece_kernel<<<ceil_div(count, CHUNK_THREADS), CHUNK_THREADS, 0, stream>>>(copies, masters, c,
+                                                                                     draws, count);
     LAUNCHED();
 }
 
@@ -3134,7 +3141,8 @@ static __global__ void first_nonfinite_kernel(int* first, const float* numbers, 
 static int first_nonfinite_gpu(const Optimiser* o, const float* numbers, cudaStream_t stream) {
     CUDA(cudaMemsetAsync(o->nonfinite, NO_TENSOR & 0xff, sizeof(int), stream));
     if (o->chunk_count)
-        first_nonfinite_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(o->nonfinite, numbers, o->chunks);
+        first_nonfinite_kernel<<<o->chunk_count, CHUNK_THREADS, 0, stream>>>(o->nonfinite, numbers,
+                                                                             o->chunks);
     LAUNCHED();
     CUDA(cudaMemcpyAsync(o->host_nonfinite, o->nonfinite, sizeof(int), cudaMemcpyDeviceToHost, stream));
     CUDA(cudaStreamSynchronize(stream));
@@ -3152,7 +3160,10 @@ typedef struct {                // pinned, so that a copy does not wait for the 
     cudaEvent_t done;           // the copy that reads this has ended
 } Upload;
 
-typedef struct { cudaEvent_t begins, ends; int event; } Mark;   // of what was asked for; which of the trace, or -1
+typedef struct {
+    cudaEvent_t begins, ends;
+    int event;
+} Mark; // of what was asked for; which of the trace, or -1
 
 typedef struct {                // of a Wire
     cudaEvent_t used, copied;   // what computes is done with its data; its message has come or gone
@@ -3166,7 +3177,7 @@ typedef struct {
     Header* messages;           // pinned, of all wires
     DeviceArena arena;
     Optimiser optimiser;
-    Mark* marks;                // (mark_room), mark_count of them in this pass, which began at pass_start seconds
+    Mark* marks; // (mark_room), mark_count of them in this pass, which began at pass_start seconds
     int mark_count, mark_room;
     cudaEvent_t pass_begins;
     double pass_start;
@@ -3174,7 +3185,7 @@ typedef struct {
     void* workspaces[2];        // of the queues' products
     Upload uploads[2];          // taken in turns
     int next_upload;
-    double *sums, *host_sums;   // (tensor_count + 1) of squares and, last, of losses; on the device, and pinned
+    double *sums, *host_sums; // (tensor_count + 1) of squares and, last, of losses; on the device, and pinned
     cudaStream_t wire_streams[2][2];    // of states and of gradients, that come and that leave
     StreamStats* streams;       // to be filled by forward passes, if not NULL
     char name[256];
@@ -3220,7 +3231,8 @@ static void layout_parts(Gpu* g, const Run* run, int B) {
             device_layout_slot(a, &g->arena, &run->c, run->training);
         }
     for (int i = 0; i < p->wire_count; i++)
-        p->wires[i].at = carve_x(&g->arena, "messages", (size_t)B * (size_t)run->c.T * (size_t)(run->c.n * run->c.C));
+        p->wires[i].at =
+            carve_x(&g->arena, "messages", (size_t)B * (size_t)run->c.T * (size_t)(run->c.n * run->c.C));
 }
 
 // Counts, or with arena.taking takes, everything on the device.
@@ -3278,8 +3290,8 @@ static void open_parts(Gpu* g, const Run* run) {
     }
 }
 
-// The host keeps parameters and moments for the start, and what is looked at: coefficients, and for a dump gradients and
-// losses.
+// The host keeps parameters and moments for the start, and what is looked at: coefficients, and for a dump
+// gradients and losses.
 static void machine_layout(Run* run, Arena* arena, int block) {
     bool dumps = run->o.dump[0];
     size_t rows = dumps ? (size_t)(run->o.batch * run->c.T) : (size_t)run->c.T;
@@ -3529,10 +3541,11 @@ static const Tensor* device_tensor(const Gpu* g, const Run* run, const Tensor* t
     return &g->model.m.tensors[t - run->model.tensors];
 }
 
-static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, real* numbers) {
+static void machine_read(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count,
+                         real* numbers) {
     Gpu* g = gpu_of(run);
-    CUDA(cudaMemcpyAsync(numbers, device_numbers(g, what, device_tensor(g, run, t)) + first, count * sizeof(float),
-                         cudaMemcpyDeviceToHost, g->main.stream));
+    CUDA(cudaMemcpyAsync(numbers, device_numbers(g, what, device_tensor(g, run, t)) + first,
+                         count * sizeof(float), cudaMemcpyDeviceToHost, g->main.stream));
     CUDA(cudaStreamSynchronize(g->main.stream));
 }
 
@@ -3543,7 +3556,8 @@ static void refresh_copies(Gpu* g, const Run* run, const Tensor* d, size_t first
 }
 
 // Of parameters the copies too, as the rank that updated them has made its own
-static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count, const real* numbers) {
+static void machine_write(Run* run, NumberKind what, const Tensor* t, size_t first, size_t count,
+                          const real* numbers) {
     Gpu* g = gpu_of(run);
     const Tensor* d = device_tensor(g, run, t);
     float* to = device_numbers(g, what, d) + first;
@@ -3657,7 +3671,9 @@ static DeviceActivations* gpu_slot(Gpu* g, const Run* run, const Part* c, int mi
     return &g->slots[c - run->pipe.parts][micro % c->slots];
 }
 
-static WireEvents* wire_events(Gpu* g, const Run* run, const Wire* w) { return &g->wires[w - run->pipe.wires]; }
+static WireEvents* wire_events(Gpu* g, const Run* run, const Wire* w) {
+    return &g->wires[w - run->pipe.wires];
+}
 
 // The host is at most two halves ahead of a queue, and messages move along while it waits for that. Where the
 // device waits for messages a rank that never comes is noticed here.
@@ -3665,7 +3681,8 @@ static void keep_pace(Run* run, Queue* queue) {
     queue->half ^= 1;
     while (!has_happened(queue->ended[queue->half])) {
         pipe_progress(run);
-        if (run->pipe.batches) transport_idle(run->pipe.transport, "waits for states and gradients of others");
+        if (run->pipe.batches)
+            transport_idle(run->pipe.transport, "waits for states and gradients of others");
         else usleep(20);
     }
 }
@@ -3717,8 +3734,8 @@ static void end_marks(Run* run) {
 
 // --- halves of pairs
 
-// What comes next in the queue, on a micro-batch's slot and two wires or NULL, is after all that was done with
-// them.
+// What comes next in the queue, on a micro-batch's slot and two wires or NULL, is after all that was done
+// with them.
 static Pass begin_half(Run* run, Queue* queue, const Part* c, int micro, const Wire* one, const Wire* other) {
     Gpu* g = gpu_of(run);
     DeviceActivations* a = gpu_slot(g, run, c, micro);
@@ -3794,7 +3811,9 @@ static bool machine_recompute(Run* run, Part* c, int micro) {
 
 // --- messages: through pinned memory, in streams of their own
 
-static bool machine_wire_free(Run* run, const Wire* w) { return has_happened(wire_events(gpu_of(run), run, w)->copied); }
+static bool machine_wire_free(Run* run, const Wire* w) {
+    return has_happened(wire_events(gpu_of(run), run, w)->copied);
+}
 
 // The wire's data, after all that computes with it
 static void copy_wire(Run* run, Wire* w, const Header* h, bool leaves) {
@@ -3803,7 +3822,8 @@ static void copy_wire(Run* run, Wire* w, const Header* h, bool leaves) {
     cudaStream_t stream = g->wire_streams[h->gradient][leaves];
     void *there = w->message + 1, *from = leaves ? w->at : there, *to = leaves ? there : w->at;
     CUDA(cudaStreamWaitEvent(stream, e->used, 0));
-    CUDA(cudaMemcpyAsync(to, from, wire_bytes(run), leaves ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, stream));
+    CUDA(cudaMemcpyAsync(to, from, wire_bytes(run), leaves ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice,
+                         stream));
     CUDA(cudaEventRecord(e->copied, stream));
 }
 static void machine_wire_arrived(Run* run, Wire* w) { copy_wire(run, w, &w->expected, false); }
@@ -3881,7 +3901,8 @@ static void machine_join(Run* run) {
 }
 
 #ifdef HAVE_NCCL
-// own (count) = the sum over `holders` ranks, in their order: parts (holders - 1, count) has what the others sent
+// own (count) = the sum over `holders` ranks, in their order: parts (holders - 1, count) has what the others
+// sent
 static __global__ void sum_parts_kernel(float* own, const float* parts, size_t count, int holders, int mine) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
@@ -3900,13 +3921,14 @@ static void exchange_gradients(Gpu* g, float* grads, const Slice* slices, int co
         const Slice* s = &slices[j];
         float* part = g->parts + (size_t)(j - (j > mine)) * own.count;
         if (j == mine) continue;
-        if (s->count) NCCL(ncclSend(grads + s->first, s->count, ncclFloat32, s->rank, g->nccl, g->main.stream));
+        if (s->count)
+            NCCL(ncclSend(grads + s->first, s->count, ncclFloat32, s->rank, g->nccl, g->main.stream));
         if (own.count) NCCL(ncclRecv(part, own.count, ncclFloat32, s->rank, g->nccl, g->main.stream));
     }
     NCCL(ncclGroupEnd());
     if (!own.count) return;
-    sum_parts_kernel<<<ceil_div(own.count, 256), 256, 0, g->main.stream>>>(grads + own.first, g->parts, own.count,
-                                                                          count, mine);
+    sum_parts_kernel<<<ceil_div(own.count, 256), 256, 0, g->main.stream>>>(grads + own.first, g->parts,
+                                                                           own.count, count, mine);
     LAUNCHED();
 }
 
@@ -3916,14 +3938,17 @@ static void exchange_parameters(Gpu* g, float* params, const Slice* slices, int 
     for (int j = 0; j < count; j++) {
         const Slice* s = &slices[j];
         if (j == mine) continue;
-        if (own.count) NCCL(ncclSend(params + own.first, own.count, ncclFloat32, s->rank, g->nccl, g->main.stream));
-        if (s->count) NCCL(ncclRecv(params + s->first, s->count, ncclFloat32, s->rank, g->nccl, g->main.stream));
+        if (own.count)
+            NCCL(ncclSend(params + own.first, own.count, ncclFloat32, s->rank, g->nccl, g->main.stream));
+        if (s->count)
+            NCCL(ncclRecv(params + s->first, s->count, ncclFloat32, s->rank, g->nccl, g->main.stream));
     }
     NCCL(ncclGroupEnd());
 }
 #endif
 
-static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const Slice* slices, int count, int mine) {
+static bool machine_exchange(Run* run, NumberKind what, const Tensor* t, const Slice* slices, int count,
+                             int mine) {
 #ifdef HAVE_NCCL
     Gpu* g = gpu_of(run);
     const Tensor* d = device_tensor(g, run, t);
@@ -3947,7 +3972,8 @@ static void machine_exchanged(Run* run) {
     if (!g->nccl) return;
     stream_follows(g->main.stream, g->carrier, g->main.turn);
     CUDA(cudaEventRecord(g->main.turn, g->main.stream));
-    while (!has_happened(g->main.turn)) transport_idle(run->pipe.transport, "waits for ranks that share its tensors");
+    while (!has_happened(g->main.turn))
+        transport_idle(run->pipe.transport, "waits for ranks that share its tensors");
     transport_progressed(run->pipe.transport);
 #else
     (void)run;
@@ -4033,10 +4059,11 @@ static const Tensor* machine_nonfinite(Run* run, bool gradients) {
 
 static const real* machine_coefficients(Run* run, const Part* c, int k) {
     Gpu* g = gpu_of(run);
-    size_t bytes = sizeof(float) * (size_t)run->pipe.B * (size_t)run->c.T * (size_t)coefficient_count(&run->c);
+    size_t bytes =
+        sizeof(float) * (size_t)run->pipe.B * (size_t)run->c.T * (size_t)coefficient_count(&run->c);
     if (!bytes) return NULL;
-    CUDA(cudaMemcpyAsync(run->acts.sub[k].coef, gpu_slot(g, run, c, 0)->sub[k].coef, bytes, cudaMemcpyDeviceToHost,
-                         g->main.stream));
+    CUDA(cudaMemcpyAsync(run->acts.sub[k].coef, gpu_slot(g, run, c, 0)->sub[k].coef, bytes,
+                         cudaMemcpyDeviceToHost, g->main.stream));
     CUDA(cudaStreamSynchronize(g->main.stream));
     return run->acts.sub[k].coef;
 }
@@ -4067,8 +4094,8 @@ static void machine_dump(Run* run, real* logits) {
         const Tensor* h = &run->model.tensors[i];
         machine_read(run, NUMBERS_GRADS, h, 0, tensor_size(h), run->model.grads + h->first);
     }
-    CUDA(cudaMemcpyAsync(run->acts.losses, g->acts.losses, sizeof(float) * (size_t)rows, cudaMemcpyDeviceToHost,
-                         g->main.stream));
+    CUDA(cudaMemcpyAsync(run->acts.losses, g->acts.losses, sizeof(float) * (size_t)rows,
+                         cudaMemcpyDeviceToHost, g->main.stream));
     Pass p = gpu_pass(g, &g->main, &g->acts, (int)run->o.batch, run->c.T, 0);
     int Vp = padded_vocabulary(&run->c), most = min_int(rows, DUMP_ROWS);
     float* padded = (float*)allocate((size_t)most * (size_t)Vp, sizeof(float));

@@ -25,8 +25,10 @@ static inline void trace_add(Trace* t, const Action* a, long step, double start,
     if (t->events && t->count < TRACE_EVENTS) t->events[t->count++] = event;
 }
 
-// One rank's events, in an array of JSON objects that has been opened. pid: replica, tid: rank of its pipeline
-static inline void trace_write(FILE* out, const TraceEvent* events, int count, int pid, int tid, bool* first) {
+// One rank's events, in an array of JSON objects that has been opened. pid: replica, tid: rank of its
+// pipeline
+static inline void trace_write(FILE* out, const TraceEvent* events, int count, int pid, int tid,
+                               bool* first) {
     for (int i = 0; i < count; i++) {
         const TraceEvent* e = &events[i];
         fprintf(out,

@@ -1,10 +1,11 @@
 // ranks.h: what the ranks of a run agree on, and what those that hold the same parameters exchange.
 // Included by train_gpt_mhc.c where Run is known.
 //
-// World rank = replica * P + pipeline rank. A tensor may be held by several ranks: its replicas, in dualpipe the
-// mirror ranks, in 1f1b both ends for wte. Those that hold the same stage update a piece of it each (ZeRO-1), wte's
-// first end alone for both: gradients are summed there in the order of the ranks, updated parameters go back to
-// all. Only the exchange of messages is left to the transport, so a sum is the same whatever that is.
+// World rank = replica * P + pipeline rank. A tensor may be held by several ranks: its replicas, in dualpipe
+// the mirror ranks, in 1f1b both ends for wte. Those that hold the same stage update a piece of it each
+// (ZeRO-1), wte's first end alone for both: gradients are summed there in the order of the ranks, updated
+// parameters go back to all. Only the exchange of messages is left to the transport, so a sum is the same
+// whatever that is.
 
 #ifndef HOST_RANKS_H
 #define HOST_RANKS_H

@@ -712,7 +712,8 @@ static void test_accumulation(void) {
     zero_gradients(m);
     double again = forward_backward(m, &run.acts, run.tokens, run.targets, 4, 12, 1);
     for (int i = 0; i < 256 * 12; i++) m->grads[m->first[WTE] + (size_t)i] += m->head_grads[i];
-    check(r.loss == again && same_bits(grads, m->grads, m->size), "an update's gradients have the head's part");
+    check(r.loss == again && same_bits(grads, m->grads, m->size),
+          "an update's gradients have the head's part");
     run.c.V = 32;               // less than the letters of the text
     check(!accumulate_gradients(&run, &r, &e), "a token beyond the vocabulary is an error: %s", e.text);
     free(grads);
@@ -797,7 +798,8 @@ static void test_validation_entropy(void) {
         if (!tokens_val_window(&run.val, w, 12, 256, tokens, targets, &e)) die("%s", e.text);
         for (int t = 0; t < 12; t++) sum += targets[t];
     }
-    check(fabs(validation_entropy(&run) - sum / 72) <= 1e-12, "the information of validation is its targets'");
+    check(fabs(validation_entropy(&run) - sum / 72) <= 1e-12,
+          "the information of validation is its targets'");
     bool untouched = validation_loss(&run, &loss, &e);
     for (int i = 0; i < 256 * 12; i++) untouched = untouched && run.model.head_grads[i] == 0;
     check(untouched, "a validation leaves no gradient");
