@@ -282,6 +282,21 @@ static void test_sum_columns(void) {
     }
 }
 
+// A sum is the same whichever of the holders makes it: to the bit that of the reference's exchange.
+static void test_sum_parts(void) {
+    const int count = 300, holders = 5;
+    std::vector<float> all = random_numbers(9, count * holders), sum(count);
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < holders; j++) sum[i] = j ? sum[i] + all[j * count + i] : all[i];
+    for (int mine = 0; mine < holders; mine++) {
+        std::vector<float> own(all.begin() + mine * count, all.begin() + (mine + 1) * count), parts = all;
+        parts.erase(parts.begin() + mine * count, parts.begin() + (mine + 1) * count);
+        Device<float> own_(own), parts_(parts);
+        sum_parts_gpu(own_.at, parts_.at, count, holders, mine, 0);
+        compare("sum of parts", own_.get(), sum, 0);
+    }
+}
+
 // What lies behind the sum is a number, which one more sum would change
 static void test_linear_bias(void) {
     for (int cols : {1, 11, 100}) {
@@ -1768,6 +1783,7 @@ int main(int argc, char** argv) {
         {"over_a_block", test_over_a_block},
         {"linear", test_linear},
         {"linear_bias", test_linear_bias},
+        {"sum_parts", test_sum_parts},
         {"head_products", test_head_products},
         {"products_are_kept", test_products_are_kept},
         {"sum_columns", test_sum_columns},

@@ -3900,9 +3900,7 @@ static void machine_join(Run* run) {
 #endif
 }
 
-#ifdef HAVE_NCCL
-// own (count) = the sum over `holders` ranks, in their order: parts (holders - 1, count) has what the others
-// sent
+// Sums of what several ranks hold, in their order
 static __global__ void sum_parts_kernel(float* own, const float* parts, size_t count, int holders, int mine) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
@@ -3913,7 +3911,14 @@ static __global__ void sum_parts_kernel(float* own, const float* parts, size_t c
     }
     own[i] = sum;
 }
+// own (count) = the sum over `holders` ranks: parts (holders - 1, count) has what the others sent
+[[maybe_unused]] static void sum_parts_gpu(float* own, const float* parts, size_t count, int holders, int mine,
+                                           cudaStream_t stream) {
+    sum_parts_kernel<<<ceil_div(count, 256), 256, 0, stream>>>(own, parts, count, holders, mine);
+    LAUNCHED();
+}
 
+#ifdef HAVE_NCCL
 static void exchange_gradients(Gpu* g, float* grads, const Slice* slices, int count, int mine) {
     Slice own = slices[mine];
     NCCL(ncclGroupStart());
@@ -3927,9 +3932,7 @@ static void exchange_gradients(Gpu* g, float* grads, const Slice* slices, int co
     }
     NCCL(ncclGroupEnd());
     if (!own.count) return;
-    sum_parts_kernel<<<ceil_div(own.count, 256), 256, 0, g->main.stream>>>(grads + own.first, g->parts,
-                                                                           own.count, count, mine);
-    LAUNCHED();
+    sum_parts_gpu(grads + own.first, g->parts, own.count, count, mine, g->main.stream);
 }
 
 static void exchange_parameters(Gpu* g, float* params, const Slice* slices, int count, int mine) {

@@ -75,7 +75,7 @@ PARTS = {
     "copies": ["adamw", "copies", "rounding"],
     "AdamW": ["adamw"],
     "what is not finite": ["first_nonfinite"],
-    "The machine": ["step", "training"],
+    "The machine": ["sum_parts", "step", "training"],
 }
 
 # Mutations that change no result: (function, the line afterwards) -> why
