@@ -93,7 +93,7 @@ EQUIVALENT = {
     ("matmul", "while (rows > 8 * TILE_ROWS && chunks(M, rows) * panels < 3 )"):
         "how rows are divided among threads changes no sum",
     ("matmul", "for (int i0 = 0; i0 <= M; i0 += rows)"): "a block without rows does nothing",
-    ("coef_neutral", "return m < N ? 1.0f / N : m <= 2 * N || (m - 2 * N) / N == (m - 2 * N) % N ? 1 : 0;"):
+    ("coef_neutral", "return m < N ? 1.0f / n : m <= 2 * N || (m - 2 * N) / N == m % N ? 1 : 0;"):
         "at m = 2N, which is on the diagonal, both are 1",
     ("token_logits", "a[m] = m < c.M ? factor * coef_gate<N>(m, mix, c) + base[m] : 1;"): "none is read from M on",
     ("block_sum", "return block_combine(x, 2 * 0.0f, [](float v) { return warp_sum(v); });"): "twice 0 is 0",
